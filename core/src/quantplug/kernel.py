@@ -1,0 +1,177 @@
+"""
+The hook an implementation provides: whether it can run a layer, at what estimated cost, and the running itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from quantplug.platform import Platform
+    from quantplug.spec import LinearProblem
+    from quantplug.weight import Prepared, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """
+    An estimate of one call's duration: `fixed_us + rows * row_us` microseconds.
+
+    A claim that `quantplug tune` can check, not a priority: the order between kernels follows from it.
+    """
+
+    fixed_us: float
+    row_us: float
+
+    def at(self, rows: int) -> float:
+        """Return the estimated microseconds for M = `rows`."""
+        return self.fixed_us + rows * self.row_us
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """
+    A rounding that a kernel performs beyond the output's own, and so widens its error bound by exactly that.
+
+    Attributes:
+        what: "scales", "zeros" (zero * scale held rounded), "weights" (dequantized values) or "partials" (intermediate
+            outputs).
+        dtype: torch name of the dtype rounded to.
+
+    """
+
+    what: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """
+    A kernel can run the problem.
+
+    Attributes:
+        cost: estimated duration on that platform.
+        casts: roundings it performs; shown in the plan, used by the conformance bound.
+        extra_bytes: bytes it keeps beyond codes and scales at their stored width (padding, wider codes).
+        notes: short remarks for the plan ("x is permuted once per call").
+
+    """
+
+    cost: Cost
+    casts: tuple[Cast, ...] = ()
+    extra_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """
+    A kernel cannot run the problem.
+
+    Attributes:
+        code: stable reason: "platform", "arch", "dtype", "element", "granularity", "shape", "act_order", "segments",
+            "activation", "dependency", "probe", "policy" or "error".
+        reason: the fact that failed, with its number ("in_features 1000 is not a multiple of 128").
+        fix: the nearest that fits, or "".
+
+    """
+
+    code: str
+    reason: str
+    fix: str = ""
+
+
+Verdict = Accepted | Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """
+    What holds for every call of a kernel.
+
+    Attributes:
+        uniform_segments: needs all segments of a fused layer to share one contract (else the core splits the call).
+        graph_safe: may be captured in a device graph.
+        deterministic: the same inputs give the same bits.
+        fallback: last resort; chosen only when nothing else fits, and then with a warning.
+
+    """
+
+    uniform_segments: bool = False
+    graph_safe: bool = True
+    deterministic: bool = True
+    fallback: bool = False
+
+
+class LinearKernel(ABC):
+    """
+    One implementation of `y = x W^T + b` on one family of machines.
+
+    A plugin author writes two files: `plugin.py`, whose `quantplug_kernels` returns instances, and the module with the
+    class. Both import without torch and without any vendor package; `prepare`, `apply` and `probe` import what they need.
+    Instances hold no state of a layer.
+    """
+
+    name: ClassVar[str]
+    """Unique among installed kernels, family first: "marlin.w4a16"."""
+    layout_id: ClassVar[str]
+    """Names what `prepare` yields; kernels that share it share one copy of the weights."""
+    traits: ClassVar[Traits] = Traits()
+
+    @abstractmethod
+    def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+        """
+        Say whether this kernel can run the problem on that platform.
+
+        Pure: the same answer on any machine, no import of a vendor package, no look at the machine. Called once per
+        distinct problem while planning. Never raises.
+        """
+
+    def probe(self, platform: Platform) -> Rejected | None:
+        """
+        Check this very machine once, before anything is allocated: the operator is there, the compiler works, a tiny
+        product is right. Return None when all is well; the refusal joins the trace otherwise.
+        """
+        return None
+
+    @abstractmethod
+    def prepare(
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        device: torch.device,
+        out: Prepared | None = None,
+    ) -> Prepared:
+        """
+        Bring canonical weights into this kernel's layout, once per layer after loading.
+
+        Args:
+            problem: what `supports` accepted.
+            segments: one `Weight` per segment of the problem, on the CPU; they stay the caller's and are not modified.
+            device: where the result lives.
+            out: an earlier result of the same problem, to be overwritten in place (weight reload keeps addresses).
+
+        """
+
+    @abstractmethod
+    def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+        """
+        Return `[..., N]` for x `[..., K]` in the problem's dtype; zero rows are allowed, every element is written.
+
+        Built from operators that have a fake implementation, so that torch.compile and graph capture work. x is not
+        modified; it may be non-contiguous. The caller has checked its last size, dtype and device.
+        """
+
+    def dequantize(self, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
+        """Return the values `[N, K]`; optional: serves other kernels' many-rows path and backward passes."""
+        raise NotImplementedError(f"kernel {self.name} does not dequantize")
+
+    def unprepare(self, prepared: Prepared, problem: LinearProblem) -> tuple[Weight, ...]:
+        """Return the canonical segments again, bit-exact; optional: the way back when the source file is gone."""
+        raise NotImplementedError(f"kernel {self.name} has no way back")

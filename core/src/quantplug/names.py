@@ -1,0 +1,38 @@
+"""
+Checkpoint name rules of a model family, as data.
+
+A bare checkpoint has tensor names, not modules; these rules say which of them is an embedding, the output head, or tied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """
+    The name rules of one family.
+
+    Attributes:
+        name: "llama".
+        model_types: values of config.json `model_type` it answers to; () is the generic fallback.
+        embeddings: dotted suffixes of module paths that are embeddings.
+        heads: dotted suffixes of module paths that are the output head; tied to the first embedding when absent from
+            the files and `tie_word_embeddings` is set.
+        fused: (fused last name, shard last names) for engines that fuse, such as ("qkv_proj", ("q_proj", …)).
+
+    """
+
+    name: str
+    model_types: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings")
+    heads: tuple[str, ...] = ("lm_head", "embed_out", "output")
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("gate_up_proj", ("gate_proj", "up_proj")),
+    )
+
+
+GENERIC = Architecture("generic")
+"""What holds for a family that nobody has described."""

@@ -1,0 +1,112 @@
+"""
+The hook a format implements: what a file stores for one linear layer, and what those bytes mean.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from quantplug.jsonio import Json
+    from quantplug.spec import ActivationSpec, LinearShape, ParamSpec, WeightSpec
+    from quantplug.weight import Weight
+
+
+class LinearScheme(ABC):
+    """
+    One number format as stored in files, for one set of parameters (bits, group size, …).
+
+    A plugin author writes two files: `plugin.py`, whose `quantplug_schemes` returns this class, and the module that
+    holds the class. Both import without torch: planning asks for `params` and `weight_spec` on machines that have none.
+    Instances are immutable and shared by all layers with the same parameters.
+    """
+
+    name: ClassVar[str]
+    """The scheme's name in configurations and plans ("gptq"); `[a-z0-9_.-]{1,64}`, unique among installed plugins."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, params: Mapping[str, Json], where: str) -> Self:
+        """
+        Return the scheme for one set of parameters, as a dialect or a caller spelled them.
+
+        Called once per distinct set while planning.
+
+        Args:
+            params: plain JSON values.
+            where: where they come from, for messages ("config.json: quantization_config").
+
+        Raises:
+            ConfigError: `QP-CFG-FIELD` or `QP-CFG-UNKNOWN`; a bool is not an int here, and "4" is not 4.
+
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return a short human form for tables ("gptq 4-bit group 64 sym")."""
+
+    @abstractmethod
+    def shape_of(self, stored: Mapping[str, tuple[int, ...]], where: str) -> LinearShape:
+        """
+        Return the logical size of a layer from the shapes of its stored tensors (`{suffix: shape}`).
+
+        Called once per layer while planning from a bare checkpoint; reads no data.
+
+        Raises:
+            CheckpointError: `QP-ST-SHAPE` when the shapes do not describe a layer of this format.
+
+        """
+
+    @abstractmethod
+    def params(self, shape: LinearShape) -> tuple[ParamSpec, ...]:
+        """
+        Declare what a checkpoint holds for one layer of that size; allocates nothing.
+
+        Raises:
+            ConfigError: `QP-CFG-GROUP` when the format cannot describe a layer of that size.
+
+        """
+
+    @abstractmethod
+    def weight_spec(self) -> WeightSpec:
+        """Return the numeric contract that `decode` yields."""
+
+    def activation_spec(self) -> ActivationSpec | None:
+        """Return the file's permission to quantize activations; None for weight-only formats."""
+        return None
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, torch.Tensor], shape: LinearShape, where: str) -> Weight:
+        """
+        Turn one layer's stored tensors (`{suffix: tensor}`, as `params` declares them) into canonical form.
+
+        Called once per layer while loading, on the CPU. The tensors stay the caller's and are not modified; the result
+        is fresh, or shares storage where a stored tensor already is canonical.
+
+        Raises:
+            CheckpointError: `QP-ST-…` naming `where` and the element, when values are not what the format allows.
+
+        """
+
+    @abstractmethod
+    def encode(self, weight: Weight) -> dict[str, torch.Tensor]:
+        """
+        Turn canonical form into stored tensors: the exact inverse of `decode`, up to normalisations that the format's
+        SPEC.md declares.
+        """
+
+    def quantize(self, dense: torch.Tensor, *, hessian: torch.Tensor | None = None) -> Weight:
+        """
+        Turn a dense weight into canonical form, or raise `NotImplementedError` (a format that only reads).
+
+        Args:
+            dense: `[N, K]`, any float dtype, finite.
+            hessian: float32 `[K, K]`, the sum of x^T x over a calibration text, or None for data-free quantization.
+
+        """
+        raise NotImplementedError(f"scheme {self.name} only reads")

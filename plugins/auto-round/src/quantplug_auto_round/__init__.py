@@ -1,0 +1,1 @@
+"""auto-round checkpoints for quantplug."""

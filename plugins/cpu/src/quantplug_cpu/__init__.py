@@ -1,0 +1,1 @@
+"""CPU kernels for quantplug on the operators that torch ships."""

@@ -1,0 +1,1 @@
+"""Run quantized checkpoints in Transformers through quantplug."""

@@ -1,0 +1,1 @@
+"""Oracles, strategies, conformance classes and the bug zoo of quantplug."""
