@@ -36,8 +36,9 @@ class RunningModel(ABC):
         Generate greedily and yield the text piece by piece, one piece per token (possibly empty).
 
         Args:
-            prompt: the user's words; put through the chat template when `chat` and the model has one.
+            prompt: the user's words; put through the chat template if `chat` is set and the model has one.
             max_new_tokens: upper bound; generation also stops at the model's end token.
+            chat: whether the chat template is applied.
 
         """
 

@@ -114,7 +114,8 @@ class LinearKernel(ABC):
     One implementation of `y = x W^T + b` on one family of machines.
 
     A plugin author writes two files: `plugin.py`, whose `quantplug_kernels` returns instances, and the module with the
-    class. Both import without torch and without any vendor package; `prepare`, `apply` and `probe` import what they need.
+    class. Both import without torch and without any vendor package; `prepare`, `apply` and `probe` import what they
+    need.
     Instances hold no state of a layer.
     """
 
@@ -172,6 +173,6 @@ class LinearKernel(ABC):
         """Return the values `[N, K]`; optional: serves other kernels' many-rows path and backward passes."""
         raise NotImplementedError(f"kernel {self.name} does not dequantize")
 
-    def unprepare(self, prepared: Prepared, problem: LinearProblem) -> tuple[Weight, ...]:
+    def unprepare(self, prepared: Prepared) -> tuple[Weight, ...]:
         """Return the canonical segments again, bit-exact; optional: the way back when the source file is gone."""
         raise NotImplementedError(f"kernel {self.name} has no way back")

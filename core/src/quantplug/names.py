@@ -1,7 +1,8 @@
 """
 Checkpoint name rules of a model family, as data.
 
-A bare checkpoint has tensor names, not modules; these rules say which of them is an embedding, the output head, or tied.
+A bare checkpoint has tensor names, not modules; these rules say which of them is an embedding, the output head, or
+tied.
 """
 
 from __future__ import annotations

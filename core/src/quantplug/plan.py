@@ -101,7 +101,7 @@ class LayerPlan:
         decision: index into `Plan.decisions`, None when dense.
         rule: the deciding entry in words ("-:.*lm_head (config.json: …)", "default", "evidence: …").
         scheme: short human form ("gptq 4-bit group 64 sym"), "" when dense.
-        tensors: names of the tensors that a dense module consumes; a quantized one has them in `segments`, its bias here.
+        tensors: tensors that a dense module consumes; a quantized one has them in `segments`, only its bias here.
         file_bytes: bytes of those tensors in the files.
         memory_bytes: estimated bytes once prepared.
         notes: what a reader should know.
@@ -128,7 +128,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class LeftTensors:
-    """Checkpoint tensors that nobody consumes, on purpose: the class ("draft", "tied", "stale copy"), the rule and the names."""
+    """Checkpoint tensors that nobody consumes, on purpose: why ("tied to …", "derived buffer") and their names."""
 
     reason: str
     names: tuple[str, ...]

@@ -16,8 +16,8 @@ class ElementType(StrEnum):
     """
     The type of one stored code.
 
-    `uintN` codes come with zero points and lie in `0 … 2^N - 1`; `intN` codes are signed, have no zero point and lie in
-    `-2^(N-1) … 2^(N-1) - 1`. Both take one byte per code in the canonical layout, whatever N is.
+    `uintN` codes come with zero points and lie in `0 … 2^N - 1`; `intN` codes are signed, have no zero point and lie
+    in `-2^(N-1) … 2^(N-1) - 1`. Both take one byte per code in the canonical layout, whatever N is.
     """
 
     UINT2 = "uint2"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug.spec import PerChannel, PerGroup, PerTensor, WeightSpec
+from quantplug.spec import LinearProblem, PerChannel, PerGroup, PerTensor, WeightSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
