@@ -95,7 +95,6 @@ class QuantplugError(Exception):
         what: what was found there.
         expected: what must be there, and who says so ("" when `what` says it all).
         fix: what the reader can do ("" when nothing is known).
-
     """
 
     def __init__(self, code: str, where: str, what: str, *, expected: str = "", fix: str = "") -> None:

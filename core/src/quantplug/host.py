@@ -39,7 +39,6 @@ class RunningModel(ABC):
             prompt: the user's words; put through the chat template if `chat` is set and the model has one.
             max_new_tokens: upper bound; generation also stops at the model's end token.
             chat: whether the chat template is applied.
-
         """
 
     @abstractmethod
@@ -84,7 +83,6 @@ class Host(ABC):
             text: at least `window` tokens long.
             tokens: how many tokens of it to use at most.
             window: sequence length in tokens.
-
         """
 
     @abstractmethod

@@ -29,7 +29,6 @@ class ModuleInfo:
         bias: whether a linear module has a bias.
         shards: checkpoint paths that are fused into this module, in output order; () when it is stored under `name`.
         tied_to: path of the module that owns this one's weight, or "".
-
     """
 
     path: str

@@ -43,7 +43,6 @@ class Cast:
         what: "scales", "zeros" (zero * scale held rounded), "weights" (dequantized values) or "partials" (intermediate
             outputs).
         dtype: torch name of the dtype rounded to.
-
     """
 
     what: str
@@ -60,7 +59,6 @@ class Accepted:
         casts: roundings it performs; shown in the plan, used by the conformance bound.
         extra_bytes: bytes it keeps beyond codes and scales at their stored width (padding, wider codes).
         notes: short remarks for the plan ("x is permuted once per call").
-
     """
 
     cost: Cost
@@ -79,7 +77,6 @@ class Rejected:
             "activation", "dependency", "probe", "policy" or "error".
         reason: the fact that failed, with its number ("in_features 1000 is not a multiple of 128").
         fix: the nearest that fits, or "".
-
     """
 
     code: str
@@ -100,7 +97,6 @@ class Traits:
         graph_safe: may be captured in a device graph.
         deterministic: the same inputs give the same bits.
         fallback: last resort; chosen only when nothing else fits, and then with a warning.
-
     """
 
     uniform_segments: bool = False
@@ -157,7 +153,6 @@ class LinearKernel(ABC):
             segments: one `Weight` per segment of the problem, on the CPU; they stay the caller's and are not modified.
             device: where the result lives.
             out: an earlier result of the same problem, to be overwritten in place (weight reload keeps addresses).
-
         """
 
     @abstractmethod

@@ -22,7 +22,6 @@ class Architecture:
         heads: dotted suffixes of module paths that are the output head; tied to the first embedding when absent from
             the files and `tie_word_embeddings` is set.
         fused: (fused last name, shard last names) for engines that fuse, such as ("qkv_proj", ("q_proj", …)).
-
     """
 
     name: str

@@ -27,7 +27,6 @@ class Candidate:
         plugin: the distribution it came from, "quantplug-core" for the reference kernel.
         verdict: its answer.
         policy: what a policy did to it ("preferred by …", "denied by …", "pinned by …"), or "".
-
     """
 
     kernel: str
@@ -55,7 +54,6 @@ class Decision:
         layout_id: the layout its weights are kept in.
         candidates: everyone who was asked, best first, with the answers.
         basis: "estimated" or "measured".
-
     """
 
     choices: tuple[Choice, ...]
@@ -79,7 +77,6 @@ class Segment:
         scheme: scheme reference it is decoded by.
         shape: logical size.
         tensors: (suffix, tensor name) of each stored tensor it consumes.
-
     """
 
     name: str
@@ -105,7 +102,6 @@ class LayerPlan:
         file_bytes: bytes of those tensors in the files.
         memory_bytes: estimated bytes once prepared.
         notes: what a reader should know.
-
     """
 
     path: str
@@ -150,7 +146,6 @@ class Plan:
         entries: what every rule of the configuration did.
         warnings: what a reader should know about the whole.
         plugins: (distribution, version) that took part, sorted.
-
     """
 
     platform: Platform

@@ -25,7 +25,6 @@ class Platform:
         features: named abilities ("avx512_bf16"); empty when not known, so a kernel must not require one to accept.
         memory: bytes of device memory, or None when not known; never part of a plan's hash.
         versions: (name, version) of what runs there ("torch", "2.13.0"), sorted; empty for a parsed platform.
-
     """
 
     kind: str
@@ -41,7 +40,6 @@ class Platform:
 
         Raises:
             PlanError: `QP-PLAN-PLATFORM` when the text does not follow that grammar.
-
         """
         found = _GRAMMAR.fullmatch(text)
         if found is None:

@@ -35,7 +35,6 @@ class PluginInfo:
         api: its `quantplug_api` range.
         hooks: the hooks it implements, sorted.
         location: the directory the distribution's metadata lies in.
-
     """
 
     distribution: str
@@ -60,7 +59,6 @@ class PluginFailure:
         error: exception type and message, one line.
         detail: traceback, for `--verbose` and bug reports.
         location: the directory the distribution's metadata lies in.
-
     """
 
     distribution: str
@@ -109,7 +107,6 @@ class Registry:
         platforms: by platform kind.
         hosts: by host name.
         architectures: in order of distribution name.
-
     """
 
     plugins: tuple[PluginInfo, ...]

@@ -43,7 +43,6 @@ class LinearScheme(ABC):
 
         Raises:
             ConfigError: `QP-CFG-FIELD` or `QP-CFG-UNKNOWN`; a bool is not an int here, and "4" is not 4.
-
         """
 
     @abstractmethod
@@ -59,7 +58,6 @@ class LinearScheme(ABC):
 
         Raises:
             CheckpointError: `QP-ST-SHAPE` when the shapes do not describe a layer of this format.
-
         """
 
     @abstractmethod
@@ -69,7 +67,6 @@ class LinearScheme(ABC):
 
         Raises:
             ConfigError: `QP-CFG-GROUP` when the format cannot describe a layer of that size.
-
         """
 
     @abstractmethod
@@ -90,7 +87,6 @@ class LinearScheme(ABC):
 
         Raises:
             CheckpointError: `QP-ST-…` naming `where` and the element, when values are not what the format allows.
-
         """
 
     @abstractmethod
@@ -107,6 +103,5 @@ class LinearScheme(ABC):
         Args:
             dense: `[N, K]`, any float dtype, finite.
             hessian: float32 `[K, K]`, the sum of x^T x over a calibration text, or None for data-free quantization.
-
         """
         raise NotImplementedError(f"scheme {self.name} only reads")

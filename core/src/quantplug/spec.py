@@ -84,7 +84,6 @@ class WeightSpec:
         granularity: how scales (and zeros) are shared.
         scale_dtype: torch name of the stored scale dtype ("float16", "bfloat16", "float32").
         act_order: whether a `g_idx` may assign inputs to groups in any order.
-
     """
 
     element: ElementType
@@ -119,7 +118,6 @@ class ActivationSpec:
         granularity: "tensor", "token" or "group".
         dynamic: whether scales are computed from x at run time (else they are stored).
         group_size: inputs per scale when granularity is "group", else 0.
-
     """
 
     element: str
@@ -150,7 +148,6 @@ class ParamSpec:
         packed_factor: codes per element along `packed_axis`, as (codes, elements) so that 32 codes in 3 words is exact.
         output_axis: axis that splits under column parallelism, or None.
         input_axis: axis that splits under row parallelism, or None.
-
     """
 
     suffix: str
@@ -182,7 +179,6 @@ class LinearProblem:
         dtype: torch name of the activation and output dtype ("bfloat16", "float16", "float32").
         bias: whether a bias `[N]` is added.
         activation: the file's permission to quantize x, or None for weight-only.
-
     """
 
     in_features: int

@@ -30,7 +30,6 @@ class Weight:
         spec: the contract the tensors obey.
         zeros: uint8 `[N, G]`, or None for signed codes.
         g_idx: int32 `[K]`, group of each input; None when it is the trivial `k // g`.
-
     """
 
     codes: torch.Tensor
@@ -81,12 +80,13 @@ class Prepared:
 
     Attributes:
         layout_id: names the layout; kernels with the same id can run the same `Prepared`.
+        problem: what it was prepared for.
         tensors: the kernel's own tensors by name, on the device they run on.
         meta: the kernel's own plain facts (sizes, flags).
-
     """
 
     layout_id: str
+    problem: LinearProblem
     tensors: Mapping[str, torch.Tensor]
     meta: Mapping[str, int] = field(default_factory=dict)
 
