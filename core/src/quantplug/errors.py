@@ -14,7 +14,10 @@ from types import MappingProxyType
 _CODES: dict[str, str] = {
     # plugins
     "QP-PLUG-STRICT": "a plugin failed to load and QUANTPLUG_STRICT=1 asks for an error",
-    "QP-PLUG-CONFLICT": "two distributions claim the same scheme, kernel, dialect, platform or host name",
+    "QP-PLUG-METADATA": "the metadata of an installed distribution cannot be read, or is shadowed by another version",
+    "QP-PLUG-API": "a plugin does not say which version of the hooks it speaks, or speaks another one",
+    "QP-PLUG-HOOK": "a plugin implements a hook that does not exist, or with the wrong signature",
+    "QP-PLUG-CONFLICT": "two plugins claim one name, or several could answer and none is named",
     "QP-PLUG-MISSING": "a plugin, scheme, kernel, dialect, platform or host that is asked for is not installed",
     "QP-PLUG-ALLOW": "QUANTPLUG_PLUGINS names a plugin that is not installed",
     "QP-PLUG-CALL": "a plugin raised, or returned something of the wrong type, when it was asked",

@@ -4,11 +4,13 @@ What the installed plugins offer, by name: a value that is passed around; `plugi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from quantplug.errors import PluginError
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from quantplug.config import Dialect
     from quantplug.detect import PlatformProvider
@@ -57,7 +59,7 @@ class PluginFailure:
         entry: entry-point name, "" when the distribution as a whole failed.
         stage: where it failed.
         error: exception type and message, one line.
-        detail: traceback, for `--verbose` and bug reports.
+        detail: traceback, for `--verbose` and bug reports; no part of equality.
         location: the directory the distribution's metadata lies in.
     """
 
@@ -66,13 +68,26 @@ class PluginFailure:
     entry: str
     stage: Stage
     error: str
-    detail: str = ""
+    detail: str = field(default="", compare=False)
     location: str = ""
 
     def __str__(self) -> str:
         version = f" {self.version}" if self.version else ""
         entry = f" ({self.entry})" if self.entry else ""
         return f"{self.distribution}{version}{entry} failed at {self.stage}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Disabled:
+    """One plugin that is installed and was kept out on purpose; none of its code ran."""
+
+    distribution: str
+    entry: str
+    by: str
+    """The environment variable that keeps it out."""
+
+    def __str__(self) -> str:
+        return f"{self.distribution} ({self.entry}) is kept out by {self.by}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +100,33 @@ class Provided(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Two distributions that claim one name; using that name is an error until the policy picks one."""
+    """
+    Two plugins that claim one name; using that name is an error until the user keeps one of them out.
+
+    Attributes:
+        kind: what the name names ("scheme", "dialect", "quant_method", "kernel", "platform", "host", "model_type",
+            "entry point").
+        name: the name.
+        plugins: the distributions that claim it, sorted; with the entry point where one distribution does so twice.
+
+    """
 
     kind: str
     name: str
     plugins: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} is claimed by {' and '.join(self.plugins)}"
+
+    def error(self) -> PluginError:
+        """Return what using the name raises."""
+        return PluginError(
+            "QP-PLUG-CONFLICT",
+            f"{self.kind} {self.name!r}",
+            f"claimed by {' and '.join(self.plugins)}",
+            expected="one plugin per name",
+            fix=f"Uninstall one of them, or keep one out: QUANTPLUG_DISABLE_PLUGINS={self.plugins[-1].split()[0]}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +136,16 @@ class Registry:
 
     Attributes:
         plugins: those that registered, by distribution name.
-        failures: those that did not, and those whose hooks misbehaved.
+        failures: those that did not, and those whose hooks misbehaved; nothing of them is in the mappings.
         conflicts: names claimed more than once.
         schemes: by scheme name.
         dialects: by dialect name.
         kernels: by kernel name; the core's `reference` is always there.
-        platforms: by platform kind.
+        platforms: by platform kind; the core's `cpu` and `cuda` are always there.
         hosts: by host name.
-        architectures: in order of distribution name.
+        architectures: in order of distribution name; no two of them answer to one model type.
+        disabled: installed plugins that the environment keeps out.
+
     """
 
     plugins: tuple[PluginInfo, ...]
@@ -118,3 +157,80 @@ class Registry:
     platforms: Mapping[str, Provided[PlatformProvider]]
     hosts: Mapping[str, Provided[Host]]
     architectures: tuple[Provided[Architecture], ...]
+    disabled: tuple[Disabled, ...] = ()
+
+    def scheme(self, name: str) -> Provided[type[LinearScheme]]:
+        """Return the scheme of that name; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
+        return self._lookup("scheme", name, self.schemes)
+
+    def kernel(self, name: str) -> Provided[LinearKernel]:
+        """Return the kernel of that name; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
+        return self._lookup("kernel", name, self.kernels)
+
+    def host(self, name: str | None = None) -> Provided[Host]:
+        """
+        Return the host of that name, or the only one there is.
+
+        Raises:
+            PluginError: `QP-PLUG-MISSING` when there is none of that name or none at all, `QP-PLUG-CONFLICT` when two
+                plugins claim the name, or there are several and none is named.
+
+        """
+        if name is not None:
+            return self._lookup("host", name, self.hosts)
+        if len(self.hosts) > 1:
+            raise PluginError(
+                "QP-PLUG-CONFLICT",
+                "host",
+                f"several are installed: {_listing(self.hosts)}",
+                expected="the name of one",
+                fix="Say which one is to run the model",
+            )
+        for only in self.hosts.values():
+            return only
+        claimed = next((conflict for conflict in self.conflicts if conflict.kind == "host"), None)
+        raise claimed.error() if claimed else self._missing("host", "", self.hosts)
+
+    def dialect_for(self, method: str) -> Provided[Dialect]:
+        """Return who reads that `quant_method`; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
+        methods = {m: provided for provided in self.dialects.values() for m in provided.item.methods}
+        return self._lookup("quant_method", method, methods)
+
+    def architecture_for(self, model_type: str) -> Provided[Architecture] | None:
+        """Return the name rules of that `model_type`, None when nobody described it; raises `QP-PLUG-CONFLICT`."""
+        self._refuse_conflict("model_type", model_type)
+        return next((a for a in self.architectures if model_type in a.item.model_types), None)
+
+    def _lookup(self, kind: str, name: str, mapping: Mapping[str, Provided[T]]) -> Provided[T]:
+        self._refuse_conflict(kind, name)
+        if name not in mapping:
+            raise self._missing(kind, name, mapping)
+        return mapping[name]
+
+    def _refuse_conflict(self, kind: str, name: str) -> None:
+        for conflict in self.conflicts:
+            if (conflict.kind, conflict.name) == (kind, name):
+                raise conflict.error()
+
+    def _missing(self, kind: str, name: str, mapping: Mapping[str, Provided[T]]) -> PluginError:
+        from difflib import get_close_matches
+
+        advice = "".join(f"Did you mean {match!r}? " for match in get_close_matches(name, mapping, n=1))
+        advice += f"Install a plugin that brings {'it' if name else f'a {kind}'}"
+        advice += "".join(f"; note that {remark}" for remark in self._remarks())
+        return PluginError(
+            "QP-PLUG-MISSING",
+            f"{kind} {name!r}" if name else kind,
+            "no installed plugin provides it" if name else "no installed plugin provides any",
+            expected=f"one of: {_listing(mapping)}" if mapping else "",
+            fix=advice,
+        )
+
+    def _remarks(self) -> Iterable[object]:
+        yield from self.failures
+        yield from self.disabled
+        yield from self.conflicts
+
+
+def _listing(mapping: Mapping[str, Provided[T]]) -> str:
+    return ", ".join(f"{name} ({provided.plugin})" for name, provided in sorted(mapping.items()))
