@@ -4,7 +4,28 @@ Checked loading: every tensor claimed once, every element written, all or nothin
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from quantplug.checkpoint import Checkpoint, open_checkpoint
+from quantplug.detect import detect
+from quantplug.errors import LoadError, PlanError
+from quantplug.ledger import Ledger
+from quantplug.modules import QuantizedLinear, SourceTensor
+from quantplug.plugins import registry as installed
+from quantplug.reader import TensorReader, digest
+from quantplug.schemes import SchemeCache
+from quantplug.source import resolve_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from quantplug.plan import LayerPlan, Plan
+    from quantplug.registry import Registry
 
 
 class Progress(Protocol):
@@ -15,7 +36,184 @@ class Progress(Protocol):
         Report progress.
 
         Args:
-            stage: what is going on ("read", "convert").
+            stage: what is going on ("load", "convert").
             done: units finished, rising within a stage.
             total: units in all.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """
+    What loading the quantized layers took.
+
+    Attributes:
+        file_bytes: bytes read.
+        read_seconds: reading and digesting them.
+        install_seconds: decoding and preparing.
+        prepared_bytes: bytes the layers hold now.
+        kernels: number of layers by kernel, in order of first use.
+    """
+
+    file_bytes: int
+    read_seconds: float
+    install_seconds: float
+    prepared_bytes: int
+    kernels: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLayers:
+    """The quantized layers of one checkpoint by module path, ready to run, and the report."""
+
+    modules: Mapping[str, QuantizedLinear]
+    report: LoadReport
+
+
+def load_layers(
+    plan: Plan,
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    devices: Mapping[str, torch.device | str] | None = None,
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> LoadedLayers:
+    """
+    Load every quantized layer of a plan; either all of them, or an error and nothing.
+
+    Peak memory is what the layers hold when done, plus one layer in its stored and canonical forms.
+
+    Args:
+        plan: made from the same checkpoint.
+        source: checkpoint directory or repository id.
+        device: where the layers will run.
+        devices: where single layers will run instead, by module path.
+        progress: told the file bytes done.
+        registry: the plugins the plan was made with; None takes the installed ones.
+
+    Raises:
+        CheckpointError: `QP-ST-…` when the files are not what the plan was made from, or values are not allowed.
+        LoadError: `QP-LOAD-…` when a tensor is claimed twice or a kernel fails to prepare.
+        PlanError: `QP-PLAN-PLATFORM` when a kernel of the plan refuses the machine at hand.
+    """
+    registry = installed() if registry is None else registry
+    directory = resolve_source(source)
+    checkpoint = open_checkpoint(directory)
+    refuse_unusable_kernels(plan, registry)
+    quantized = [layer for layer in plan.layers if layer.quantized]
+    total = sum(layer.file_bytes for layer in quantized)
+    ledger, schemes = Ledger(), SchemeCache(registry)
+    modules: dict[str, QuantizedLinear] = {}
+    kernels: dict[str, int] = {}
+    done = 0
+    read_seconds = install_seconds = 0.0
+    with TensorReader(checkpoint) as reader:
+        for layer in quantized:
+            module = QuantizedLinear(layer, plan, registry, schemes)
+            started = time.perf_counter()
+            stored, biases, sources = _read(layer, checkpoint, reader, ledger)
+            read = time.perf_counter()
+            where = (devices or {}).get(layer.path, device)
+            module.install(stored, biases, device=where, sources=sources)
+            install_seconds += time.perf_counter() - read
+            read_seconds += read - started
+            modules[layer.path] = module
+            kernel = plan.decisions[layer.decision or 0].kernel
+            kernels[kernel] = kernels.get(kernel, 0) + 1
+            done += layer.file_bytes
+            tell(progress, "load", done, total)
+    prepared = sum(buffer.nbytes for module in modules.values() for buffer in module.buffers())
+    return LoadedLayers(modules, LoadReport(total, read_seconds, install_seconds, prepared, kernels))
+
+
+def refuse_unusable_kernels(plan: Plan, registry: Registry) -> None:
+    """
+    Check, before anything is allocated, that the kernels of a plan work on the machine at hand.
+
+    Raises:
+        PlanError: `QP-PLAN-PLATFORM` naming the kernel and why it refuses.
+    """
+    here = detect(registry, plan.platform.kind)
+    for name in dict.fromkeys(choice.kernel for decision in plan.decisions for choice in decision.choices):
+        refusal = registry.kernel(name).item.probe(here)
+        if refusal is not None:
+            raise PlanError(
+                "QP-PLAN-PLATFORM",
+                f"kernel {name} on {here}",
+                refusal.reason,
+                expected="a machine like the one the plan was made for",
+                fix=refusal.fix or "Make the plan again on this machine.",
+            )
+
+
+def tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    """Call a progress callback; one that raises is told nothing more of this step, and the work goes on."""
+    if progress is None:
+        return
+    try:
+        progress(stage, done, total)
+    except Exception as error:  # noqa: BLE001  # a display must never cost a load
+        import warnings
+
+        warnings.warn(f"progress callback failed: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _read(
+    layer: LayerPlan, checkpoint: Checkpoint, reader: TensorReader, ledger: Ledger
+) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor], tuple[SourceTensor, ...]]:
+    stored: list[dict[str, torch.Tensor]] = []
+    sources: list[SourceTensor] = []
+
+    def take(name: str) -> torch.Tensor:
+        ledger.claim(name, layer.path)
+        tensor = reader.read(name)
+        file = str(checkpoint.directory / checkpoint.tensors[name].file)
+        sources.append(SourceTensor(file, name, digest(tensor)))
+        return tensor
+
+    for segment in layer.segments:
+        stored.append({suffix: take(name) for suffix, name in segment.tensors})
+    biases = [take(name) for name in layer.tensors]
+    return stored, biases, tuple(sources)
+
+
+def stored_tensors(modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Yield every stored tensor of loaded layers in checkpoint form, bit for bit, one at a time.
+
+    The bytes come from the source files as long as they are what was loaded, else from what the kernels hold.
+
+    Raises:
+        LoadError: `QP-LOAD-SOURCE` when neither is possible.
+    """
+    readers: dict[str, Checkpoint] = {}
+    for module in modules.values():
+        yield from _from_source(module, readers) if module.sources else module.encode().items()
+
+
+def _from_source(module: QuantizedLinear, opened: dict[str, Checkpoint]) -> Iterator[tuple[str, torch.Tensor]]:
+    from pathlib import Path
+
+    from quantplug.errors import CheckpointError
+
+    result: list[tuple[str, torch.Tensor]] = []
+    try:
+        for source in module.sources:
+            directory = str(Path(source.file).parent)
+            if directory not in opened:
+                opened[directory] = open_checkpoint(Path(directory))
+            with TensorReader(opened[directory]) as reader:
+                tensor = reader.read(source.name)
+            if digest(tensor) != source.sha256:
+                raise CheckpointError("QP-ST-CHANGED", f"{source.file}: {source.name}", "its bytes are others now")
+            result.append((source.name, tensor))
+    except CheckpointError as gone:
+        try:
+            result = list(module.encode().items())
+        except LoadError as error:
+            raise LoadError(
+                "QP-LOAD-SOURCE", module.path, f"{gone.where}: {gone.what}; and {error.what}",
+                expected="the source file as it was loaded, or a kernel that can unprepare", fix=error.fix,
+            ) from error  # fmt: skip
+    yield from result

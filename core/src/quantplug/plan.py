@@ -4,10 +4,14 @@ The plan: every decision about a checkpoint as an immutable value that can be re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
 from typing import Literal
 
 from quantplug.config import Field
+from quantplug.errors import PlanError
 from quantplug.kernel import Verdict
 from quantplug.platform import Platform
 from quantplug.skip import EntryUse, SchemeRef
@@ -157,4 +161,74 @@ class Plan:
     left: tuple[LeftTensors, ...] = ()
     entries: tuple[EntryUse, ...] = ()
     warnings: tuple[str, ...] = ()
-    plugins: tuple[tuple[str, str], ...] = field(default=())
+    plugins: tuple[tuple[str, str], ...] = ()
+    version: int = PLAN_VERSION
+
+    def layer(self, path: str) -> LayerPlan:
+        """
+        Return the plan of one module by its path.
+
+        Raises:
+            PlanError: `QP-PLAN-MODEL` with the nearest paths when there is none.
+        """
+        for layer in self.layers:
+            if layer.path == path:
+                return layer
+        near = difflib.get_close_matches(path, [layer.path for layer in self.layers], n=3, cutoff=0.4)
+        raise PlanError(
+            "QP-PLAN-MODEL",
+            path,
+            "the plan has no such module",
+            expected=f"one of {len(self.layers)} paths",
+            fix=f"Nearest: {', '.join(near)}." if near else "",
+        )
+
+    def decision_of(self, layer: LayerPlan) -> Decision | None:
+        """Return the kernel decision of a layer, None when it stays dense."""
+        return None if layer.decision is None else self.decisions[layer.decision]
+
+    @property
+    def hash(self) -> str:
+        """
+        Return a hex digest over the choices: what is stored where, which scheme, which kernels.
+
+        Memory sizes, versions, estimates and words are left out, so that ranks that chose the same have the same.
+        """
+        choices = [
+            PLAN_VERSION,
+            self.platform.kind,
+            self.platform.arch,
+            self.dtype,
+            [[layer.path, *_choice_of(layer, self.decision_of(layer))] for layer in self.layers],
+            [[left.reason, list(left.names)] for left in self.left],
+        ]
+        return hashlib.sha256(json.dumps(choices, separators=(",", ":")).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text; `Plan.from_json` gives an equal plan."""
+        from quantplug.serial import to_json
+
+        return json.dumps(to_json(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """
+        Return the plan that `to_json` wrote.
+
+        Raises:
+            ConfigError: `QP-CFG-…` when the text is not acceptable JSON.
+            PlanError: `QP-PLAN-JSON` when it is not a plan of this version.
+        """
+        from quantplug.jsonio import parse_json
+        from quantplug.serial import from_json
+
+        return from_json(parse_json(text.encode(), where), where)
+
+
+def _choice_of(layer: LayerPlan, decision: Decision | None) -> list[object]:
+    segments = [
+        [s.name, s.scheme.name, [list(pair) for pair in s.scheme.params], s.shape.out_features, s.shape.in_features]
+        for s in layer.segments
+    ]
+    kernels = [[c.kernel, c.min_rows, c.max_rows] for c in decision.choices] if decision is not None else []
+    return [list(layer.tensors), segments, kernels]

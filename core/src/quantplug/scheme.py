@@ -29,6 +29,11 @@ class LinearScheme(ABC):
     name: ClassVar[str]
     """The scheme's name in configurations and plans ("gptq"); `[a-z0-9_.-]{1,64}`, unique among installed plugins."""
 
+    suffixes: ClassVar[frozenset[str]]
+    """Names after the module path of every tensor the format may store ("qweight", …)."""
+    required_suffixes: ClassVar[frozenset[str]]
+    """Those without which a layer of this format is incomplete."""
+
     @classmethod
     @abstractmethod
     def build(cls, params: Mapping[str, Json], where: str) -> Self:

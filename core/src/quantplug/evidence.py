@@ -1,0 +1,101 @@
+"""
+What the stored tensors say about each module, and the account of who consumes them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from quantplug.errors import CheckpointError
+from quantplug.plan import LeftTensors
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from quantplug.checkpoint import Checkpoint, TensorHeader
+    from quantplug.inventory import Inventory
+    from quantplug.plan import LayerPlan
+
+Evidence = Literal["quantized", "partial", "dense", "both", "absent"]
+
+DENSE_SUFFIX = "weight"
+BIAS_SUFFIX = "bias"
+# Values that every engine computes anew from the configuration; old exporters stored them all the same.
+_DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
+_SHOWN = 20
+
+
+class StoredModules:
+    """The tensors of a checkpoint by module path and suffix."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._modules: dict[str, dict[str, TensorHeader]] = {}
+        for header in checkpoint.tensors.values():
+            module, _, suffix = header.name.rpartition(".")
+            self._modules.setdefault(module, {})[suffix] = header
+
+    @property
+    def paths(self) -> Collection[str]:
+        """Module paths that have tensors."""
+        return self._modules.keys()
+
+    def tensors(self, module: str) -> Mapping[str, TensorHeader]:
+        """Return the tensors directly below a module path, by suffix; empty when there are none."""
+        return self._modules.get(module, {})
+
+    def judge(self, module: str, suffixes: Collection[str], required: Collection[str]) -> Evidence:
+        """
+        Say what the stored tensors of a module are.
+
+        Args:
+            module: checkpoint path.
+            suffixes: those of the format in question that a dense layer does not have.
+            required: those it cannot do without.
+        """
+        stored = self.tensors(module)
+        dense = DENSE_SUFFIX in stored and DENSE_SUFFIX not in suffixes
+        found = [suffix for suffix in suffixes if suffix in stored]
+        if not found:
+            return "dense" if dense else "absent"
+        if dense:
+            return "both"
+        return "quantized" if all(suffix in stored for suffix in required) else "partial"
+
+    def account(self, layers: Iterable[LayerPlan], inventory: Inventory) -> tuple[LeftTensors, ...]:
+        """
+        Check that every tensor is claimed exactly once, and return those left on purpose, by reason.
+
+        Raises:
+            CheckpointError: `QP-ST-EXTRA` listing the tensors that nobody claims.
+        """
+        claimed = {name for layer in layers for name in layer.tensors}
+        claimed |= {name for layer in layers for segment in layer.segments for _, name in segment.tensors}
+        tied = {module.name: module.tied_to for module in inventory if module.tied_to}
+        left: dict[str, list[str]] = {}
+        extra: list[str] = []
+        for name in self._checkpoint.tensors:
+            if name in claimed:
+                continue
+            owner = tied.get(name.rpartition(".")[0])
+            if owner:
+                left.setdefault(f"stale copy: tied to {owner}", []).append(name)
+            elif name.endswith(_DERIVED_SUFFIXES):
+                left.setdefault("derived buffer: computed from the configuration", []).append(name)
+            else:
+                extra.append(name)
+        if extra:
+            raise CheckpointError(
+                "QP-ST-EXTRA",
+                str(self._checkpoint.directory),
+                f"{len(extra)} tensor(s) are claimed by no module: {list_names(extra)}",
+                expected="every tensor to belong to one module of the model",
+                fix="A scale or zero point here usually means that a skip rule hides a quantized layer.",
+            )
+        return tuple(LeftTensors(reason, tuple(names)) for reason, names in left.items())
+
+
+def list_names(names: Collection[str]) -> str:
+    """Return up to 20 names and a count of the rest."""
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

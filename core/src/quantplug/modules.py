@@ -1,0 +1,301 @@
+"""
+The module that runs one quantized linear layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from quantplug.errors import LoadError, QuantplugError, RunError
+from quantplug.select import split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from quantplug.kernel import LinearKernel
+    from quantplug.ledger import Ledger
+    from quantplug.plan import Choice, LayerPlan, Plan
+    from quantplug.registry import Registry
+    from quantplug.schemes import SchemeCache
+    from quantplug.spec import LinearProblem
+    from quantplug.weight import Prepared, Weight
+
+_POISON_BYTE = 0xA5
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """
+    Where the bytes of a loaded tensor are: enough to copy them again.
+
+    Attributes:
+        file: absolute path of the safetensors file.
+        name: tensor name in it.
+        sha256: digest of its bytes when they were read.
+    """
+
+    file: str
+    name: str
+    sha256: str
+
+
+class QuantizedLinear(torch.nn.Module):
+    """
+    `y = x W^T + b` by the kernels that a plan chose.
+
+    A loader calls `install` with the stored tensors. A framework that allocates parameters and fills them with its own
+    loader calls `create_weights`, then `process_weights_after_loading`, both repeatable, and then the module itself
+    (`apply`, the field's third method, already means something else on a torch module). Once prepared, the layer keeps
+    only what its kernel needs; it refuses to be moved or cast, because kernel layouts cannot follow.
+    """
+
+    def __init__(self, layer: LayerPlan, plan: Plan, registry: Registry, schemes: SchemeCache) -> None:
+        super().__init__()
+        decision = plan.decision_of(layer)
+        if decision is None or layer.problem is None:
+            raise LoadError("QP-LOAD-PREPARE", layer.path, "the plan keeps this layer dense")
+        self.path = layer.path
+        self.in_features = layer.problem.in_features
+        self.out_features = layer.problem.out_features
+        self.sources: tuple[SourceTensor, ...] = ()
+        """Where its stored tensors came from; () when a framework's loader filled it."""
+        self._layer = layer
+        self._problem: LinearProblem = layer.problem
+        self._schemes = tuple(schemes.get(segment.scheme, segment.name) for segment in layer.segments)
+        self._choices: tuple[tuple[Choice, LinearKernel], ...] = tuple(
+            (choice, registry.kernel(choice.kernel).item) for choice in decision.choices
+        )
+        self._kernel: LinearKernel | None = self._choices[0][1] if len(self._choices) == 1 else None
+        self._dtype: torch.dtype = getattr(torch, layer.problem.dtype)
+        self._device = torch.device("cpu")
+        self._parts: tuple[Prepared, ...] = ()
+        self._part_biases: tuple[torch.Tensor | None, ...] = ()
+        self._ledger: Ledger | None = None
+
+    # -- for frameworks with a loader of their own -------------------------------------------------------------------------------
+
+    def create_weights(self, ledger: Ledger) -> None:
+        """
+        Allocate the stored tensors as parameters, poisoned, for a framework's own loader to fill.
+
+        They are called as in the checkpoint ("qweight"), with the segment's number behind when there are several
+        ("qweight_1"), and each has a `weight_loader(parameter, tensor, start=None)` that copies and keeps the account.
+        """
+        self._ledger = ledger
+        for number, (segment, scheme) in enumerate(zip(self._layer.segments, self._schemes, strict=True)):
+            stored = dict(segment.tensors)
+            for spec in scheme.params(segment.shape):
+                if spec.suffix in stored:
+                    self._allocate(self._attribute(spec.suffix, number), spec.shape, getattr(torch, spec.dtypes[0]))
+            if self._problem.bias:
+                self._allocate(self._attribute("bias", number), (segment.shape.out_features,), self._dtype)
+
+    def process_weights_after_loading(self, device: torch.device | str = "cpu") -> None:
+        """
+        Turn the filled parameters into the kernel's layout and drop them.
+
+        Raises:
+            LoadError: `QP-LOAD-UNFILLED` when the loader left elements unwritten; the parameters stay.
+            CheckpointError: `QP-ST-…` when their values are not what the format allows; the parameters stay.
+        """
+        if self._ledger is None:
+            raise RunError("QP-RUN-STATE", self.path, "create_weights was not called")
+        self._ledger.close(self.path)
+        stored: list[dict[str, torch.Tensor]] = []
+        biases: list[torch.Tensor] = []
+        for number, segment in enumerate(self._layer.segments):
+            stored.append({s: self._parameters_named(s, number) for s, _ in segment.tensors})
+            if self._problem.bias:
+                biases.append(self._parameters_named("bias", number))
+        self.install(stored, biases, device=device)
+        for name in list(self._parameters):
+            del self._parameters[name]
+        self._ledger = None
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def install(
+        self,
+        stored: Sequence[Mapping[str, torch.Tensor]],
+        biases: Sequence[torch.Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        sources: tuple[SourceTensor, ...] = (),
+    ) -> None:
+        """
+        Decode the stored tensors and prepare them for the chosen kernel; all or nothing.
+
+        A second call writes into the same memory, so that captured graphs stay valid.
+
+        Args:
+            stored: `{suffix: tensor}` per segment, as the file holds them.
+            biases: one `[N]` per segment, or none.
+            device: where the layer will run.
+            sources: where the tensors came from, for `checkpoint_tensors`.
+        """
+        device = torch.device(device)
+        weights = [
+            scheme.decode(tensors, segment.shape, segment.name)
+            for scheme, tensors, segment in zip(self._schemes, stored, self._layer.segments, strict=True)
+        ]
+        self._commit(self._prepare(weights, device), self._fit_biases(biases, device), device)
+        self.sources = sources
+
+    def _prepare(self, weights: list[Weight], device: torch.device) -> tuple[Prepared, ...]:
+        kernel = self._choices[0][1]
+        parts = self._problem_parts(kernel)
+        old = self._parts or (None,) * len(parts)
+        try:
+            if len(parts) == 1:
+                return (kernel.prepare(self._problem, weights, device, out=old[0]),)
+            return tuple(
+                kernel.prepare(part, [weight], device, out=out)
+                for part, weight, out in zip(parts, weights, old, strict=True)
+            )
+        except QuantplugError:
+            raise
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            raise LoadError(
+                "QP-LOAD-PREPARE",
+                self.path,
+                f"kernel {kernel.name} accepted the layer and then failed to prepare it: {type(error).__name__}: {error}",
+                fix=f'Report it to its maker; a policy with deny = ["{kernel.name}"] chooses another.',
+            ) from error
+
+    def _problem_parts(self, kernel: LinearKernel) -> tuple[LinearProblem, ...]:
+        whole = self._problem.uniform or not kernel.traits.uniform_segments
+        return (self._problem,) if whole else split(self._problem)
+
+    def _fit_biases(self, biases: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        parts = len(self._problem_parts(self._choices[0][1]))
+        if not biases:
+            return (None,) * parts
+        moved = [bias.to(device=device, dtype=self._dtype) for bias in biases]
+        return tuple(moved) if parts > 1 else (torch.cat(moved) if len(moved) > 1 else moved[0],)
+
+    def _commit(
+        self, parts: tuple[Prepared, ...], biases: tuple[torch.Tensor | None, ...], device: torch.device
+    ) -> None:
+        for number, part in enumerate(parts):
+            for name, tensor in part.tensors.items():
+                self.register_buffer(f"prepared_{number}_{name.replace('.', '_')}", tensor, persistent=False)
+        for number, bias in enumerate(biases):
+            if bias is not None:
+                self.register_buffer(f"prepared_{number}_bias", bias, persistent=False)
+        self._parts, self._part_biases, self._device = parts, biases, device
+
+    def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        tensor = torch.empty(shape, dtype=dtype)
+        if dtype.is_floating_point:
+            tensor.fill_(float("nan"))
+        else:
+            tensor.view(torch.uint8).fill_(_POISON_BYTE)
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        # Engines look for this attribute on the parameter.
+        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}"))  # noqa: B010
+        self.register_parameter(name, parameter)
+        if self._ledger is not None:
+            self._ledger.expect(f"{self.path}.{name}", shape)
+
+    def _loader(self, name: str) -> Callable[..., None]:
+        def load(parameter: torch.nn.Parameter, tensor: torch.Tensor, start: tuple[int, ...] | None = None) -> None:
+            start = (0,) * parameter.dim() if start is None else start
+            box = tuple((begin, begin + size) for begin, size in zip(start, tensor.shape, strict=True))
+            if parameter.dtype != tensor.dtype:
+                raise LoadError("QP-LOAD-PREPARE", name, f"loaded as {tensor.dtype}", expected=str(parameter.dtype))
+            if self._ledger is not None:
+                self._ledger.write(name, box)
+            parameter.data[tuple(slice(begin, end) for begin, end in box)] = tensor
+
+        return load
+
+    def _attribute(self, suffix: str, number: int) -> str:
+        return suffix if len(self._layer.segments) == 1 else f"{suffix}_{number}"
+
+    def _parameters_named(self, suffix: str, number: int) -> torch.Tensor:
+        return self.get_parameter(self._attribute(suffix, number)).data
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[..., N]` for x `[..., K]` of the planned dtype on the layer's device."""
+        if x.shape[-1] != self.in_features or x.dtype != self._dtype or x.device != self._device or not self._parts:
+            self._refuse(x)
+        kernel = self._kernel or self._kernel_for(x)
+        if len(self._parts) == 1:
+            return kernel.apply(x, self._parts[0], self._part_biases[0])
+        return torch.cat(
+            [kernel.apply(x, part, bias) for part, bias in zip(self._parts, self._part_biases, strict=True)], dim=-1
+        )
+
+    def _kernel_for(self, x: torch.Tensor) -> LinearKernel:
+        rows = x.numel() // self.in_features
+        for choice, kernel in self._choices:
+            if choice.max_rows is None or rows <= choice.max_rows:
+                return kernel
+        return self._choices[-1][1]
+
+    def _refuse(self, x: torch.Tensor) -> None:
+        if not self._parts:
+            raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
+        if x.shape[-1] != self.in_features:
+            raise RunError("QP-RUN-SHAPE", self.path, f"x is {list(x.shape)}", expected=f"[..., {self.in_features}]")
+        if x.dtype != self._dtype:
+            raise RunError(
+                "QP-RUN-DTYPE", self.path, f"x is {x.dtype}", expected=str(self._dtype),
+                fix=f"Cast x, or load with dtype={str(x.dtype).removeprefix('torch.')!r}.",
+            )  # fmt: skip
+        raise RunError("QP-RUN-DEVICE", self.path, f"x lies on {x.device}", expected=str(self._device))
+
+    # -- the way back ------------------------------------------------------------------------------------------------
+
+    def encode(self) -> dict[str, torch.Tensor]:
+        """
+        Return the layer in its checkpoint form (`{tensor name: tensor}`) from what the kernel holds.
+
+        Raises:
+            LoadError: `QP-LOAD-SOURCE` when the kernel has no way back.
+        """
+        kernel = self._choices[0][1]
+        try:
+            weights = [weight for part in self._parts for weight in kernel.unprepare(part)]
+        except NotImplementedError as error:
+            raise LoadError(
+                "QP-LOAD-SOURCE", self.path, str(error), expected="the source file, or a kernel that can unprepare",
+                fix="Keep the checkpoint directory where it was, or load with another kernel.",
+            ) from error  # fmt: skip
+        result: dict[str, torch.Tensor] = {}
+        for scheme, segment, weight in zip(self._schemes, self._layer.segments, weights, strict=True):
+            names = dict(segment.tensors)
+            result |= {names[suffix]: tensor for suffix, tensor in scheme.encode(weight).items() if suffix in names}
+        sizes = [segment.shape.out_features for segment in self._layer.segments]
+        whole = [bias for bias in self._part_biases if bias is not None]
+        if whole:
+            result |= dict(zip(self._layer.tensors, torch.cat(whole).split(sizes), strict=True))
+        return result
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the values `[N, K]` that the layer multiplies with."""
+        kernel = self._choices[0][1]
+        return torch.cat([kernel.dequantize(part, dtype) for part in self._parts])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        if self._parts:
+            before = torch.empty(0, dtype=self._dtype, device=self._device)
+            after: Any = fn(before)
+            if after.device != before.device or after.dtype != before.dtype:
+                raise RunError(
+                    "QP-RUN-MOVE", self.path, f"asked to become {after.dtype} on {after.device}",
+                    expected=f"{self._dtype} on {self._device}, as prepared",
+                    fix="Load the checkpoint again with the dtype and device you want.",
+                )  # fmt: skip
+            return self
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in a model's printout."""
+        kernels = ", ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
+        return f"{self._layer.scheme}, in={self.in_features}, out={self.out_features}, kernel={kernels}"

@@ -1,0 +1,135 @@
+"""
+Making a plan: configuration, rules, stored tensors and kernels brought together, from headers alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantplug.checkpoint import open_checkpoint
+from quantplug.config import read_model_config, resolve_config
+from quantplug.detect import detect
+from quantplug.errors import PlanError
+from quantplug.evidence import StoredModules
+from quantplug.inventory import inventory_of
+from quantplug.kernel import Accepted
+from quantplug.layers import LayerPlanner
+from quantplug.matcher import Matcher
+from quantplug.plan import Plan
+from quantplug.platform import Platform
+from quantplug.plugins import registry as installed
+from quantplug.policy import Policy
+from quantplug.source import resolve_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from quantplug.inventory import Inventory
+    from quantplug.jsonio import Json
+    from quantplug.kernel import Rejected
+    from quantplug.registry import Registry
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def plan(
+    source: str | Path,
+    *,
+    platform: Platform | str | None = None,
+    dtype: str | None = None,
+    policy: Policy | None = None,
+    override: Mapping[str, Json] | None = None,
+    inventory: Inventory | None = None,
+    strict: bool = False,
+    registry: Registry | None = None,
+) -> Plan:
+    """
+    Decide how every layer of a checkpoint runs, reading headers and configuration only.
+
+    Args:
+        source: checkpoint directory, or a Hugging Face repository id.
+        platform: what to plan for ("cuda:9.0"); None is the machine at hand, whose kernels are then probed, too.
+        dtype: torch name of the activation dtype; None takes the one config.json names, else bfloat16.
+        policy: wishes about kernels; None reads the file that `QUANTPLUG_POLICY` names, if any.
+        override: quantization fields the caller states; they may add to the file, never contradict it.
+        inventory: the modules of the model that will run; None takes them from the tensor names.
+        strict: whether a rule that the stored tensors contradict is an error rather than a note.
+        registry: plugins to ask; None asks the installed ones.
+
+    Raises:
+        ConfigError, CheckpointError, PlanError, PluginError: with their stable codes.
+    """
+    registry = installed() if registry is None else registry
+    directory = resolve_source(source)
+    checkpoint = open_checkpoint(directory)
+    model_config = read_model_config(directory)
+    config = resolve_config(directory, registry, override=override)
+    if inventory is None:
+        inventory = inventory_of(checkpoint, model_config, registry, config)
+    probes: Mapping[str, Rejected | None] = {}
+    if platform is None:
+        platform = detect(registry)
+        probes = probe_kernels(registry, platform)
+    elif isinstance(platform, str):
+        platform = Platform.parse(platform)
+    stored = StoredModules(checkpoint)
+    matcher = Matcher(config.rules, config.default)
+    layers = LayerPlanner(
+        config=config,
+        matcher=matcher,
+        stored=stored,
+        platform=platform,
+        dtype=_activation_dtype(dtype, model_config),
+        policy=Policy.from_environment() if policy is None else policy,
+        registry=registry,
+        probes=probes,
+        strict=strict,
+    )
+    planned = tuple(layers.plan(module) for module in inventory)
+    left = stored.account(planned, inventory)
+    report = matcher.report()
+    return Plan(
+        platform=platform,
+        dtype=layers.dtype,
+        dialect=config.dialect,
+        fields=config.fields,
+        layers=planned,
+        decisions=layers.decisions,
+        left=left,
+        entries=report.uses,
+        warnings=(
+            *checkpoint.warnings,
+            *config.notes,
+            *layers.warnings,
+            *(f"{entry.text!r} ({entry.origin}) matches no module" for entry in report.unused),
+        ),
+        plugins=_taking_part(registry, layers),
+    )
+
+
+def probe_kernels(registry: Registry, platform: Platform) -> dict[str, Rejected | None]:
+    """Probe every kernel that could run on the platform at hand; each is probed once per process by its plugin."""
+    return {name: provided.item.probe(platform) for name, provided in registry.kernels.items()}
+
+
+def _activation_dtype(wish: str | None, model_config: Mapping[str, Json]) -> str:
+    named = wish or model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16"
+    if named not in DTYPES:
+        raise PlanError(
+            "QP-PLAN-POLICY",
+            "dtype" if wish else "config.json: dtype",
+            f"{named!r} is not an activation dtype",
+            expected=f"one of {', '.join(DTYPES)}",
+        )
+    return str(named)
+
+
+def _taking_part(registry: Registry, layers: LayerPlanner) -> tuple[tuple[str, str], ...]:
+    names = {
+        candidate.plugin
+        for decision in layers.decisions
+        for candidate in decision.candidates
+        if isinstance(candidate.verdict, Accepted)
+    } | layers.schemes.plugins
+    return tuple((info.distribution, info.version) for info in registry.plugins if info.distribution in names)

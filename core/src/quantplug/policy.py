@@ -1,0 +1,133 @@
+"""
+What the caller wants of the choice of kernels: prefer, deny or pin, per layer pattern.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from quantplug.entries import path_entries
+from quantplug.errors import PlanError
+from quantplug.matcher import matches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quantplug.inventory import ModuleInfo
+    from quantplug.skip import Entry
+
+Wish = Literal["pin", "prefer", "deny"]
+_WISHES: tuple[Wish, ...] = ("pin", "prefer", "deny")
+_EXAMPLE = 'for example:  [[rule]]  match = "re:.*down_proj"  deny = ["cpu.*"]'
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """
+    One wish.
+
+    Attributes:
+        wish: "pin" (this kernel or an error), "prefer" (before all others) or "deny" (never).
+        kernels: names or globs over names ("cpu.*").
+        entry: the layers concerned, typed and matched like a skip entry; None for all.
+        origin: where it was said.
+    """
+
+    wish: Wish
+    kernels: tuple[str, ...]
+    entry: Entry | None
+    origin: str
+
+    def concerns(self, module: ModuleInfo) -> bool:
+        """Whether the wish is about this module."""
+        return self.entry is None or matches(self.entry, module)
+
+    def names(self, kernel: str) -> bool:
+        """Whether the wish is about this kernel."""
+        return any(fnmatch.fnmatchcase(kernel, pattern) for pattern in self.kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The caller's wishes, in order; the first that names a kernel for a module holds."""
+
+    rules: tuple[PolicyRule, ...] = ()
+
+    def wish(self, module: ModuleInfo, kernel: str) -> PolicyRule | None:
+        """Return the first rule that concerns the module and names the kernel."""
+        for rule in self.rules:
+            if rule.names(kernel) and rule.concerns(module):
+                return rule
+        return None
+
+    def pin(self, module: ModuleInfo) -> PolicyRule | None:
+        """Return the first pin that concerns the module."""
+        return next((rule for rule in self.rules if rule.wish == "pin" and rule.concerns(module)), None)
+
+    @classmethod
+    def parse(cls, table: Mapping[str, object], origin: str) -> Policy:
+        """
+        Read the TOML form: a list `rule` of tables with `match` (optional) and one of `pin`, `prefer`, `deny`.
+
+        Raises:
+            PlanError: `QP-PLAN-POLICY` naming the rule and the field.
+        """
+        unknown = set(table) - {"rule"}
+        if unknown:
+            raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "only [[rule]] tables")
+        listed = table.get("rule", [])
+        if not isinstance(listed, list):
+            raise _malformed(origin, "rule is not a list", "[[rule]] tables")
+        return cls(tuple(_parse_rule(item, f"{origin}: rule {number}") for number, item in enumerate(listed, 1)))
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Policy:
+        """
+        Read a policy file.
+
+        Raises:
+            PlanError: `QP-PLAN-POLICY` when the file is missing, not TOML, or malformed.
+        """
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise _malformed(str(path), f"cannot be read ({error.strerror})", "a TOML file") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise _malformed(str(path), f"is not TOML ({error})", "a TOML file") from error
+        return cls.parse(table, str(path))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Policy:
+        """Read the file that `QUANTPLUG_POLICY` names; an empty policy when it is unset or empty."""
+        path = environ.get("QUANTPLUG_POLICY", "")
+        return cls.from_toml(Path(path)) if path else cls()
+
+
+def _parse_rule(item: object, origin: str) -> PolicyRule:
+    if not isinstance(item, dict):
+        raise _malformed(origin, "is not a table", _EXAMPLE)
+    wishes = [wish for wish in _WISHES if wish in item]
+    unknown = set(item) - {"match", *_WISHES}
+    if unknown:
+        raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "match and one of pin, prefer, deny")
+    if len(wishes) != 1:
+        raise _malformed(origin, f"has {' and '.join(wishes) or 'no wish'}", "exactly one of pin, prefer, deny")
+    wish = wishes[0]
+    kernels = [item[wish]] if isinstance(item[wish], str) else item[wish]
+    if not isinstance(kernels, list) or not kernels or not all(isinstance(k, str) and k for k in kernels):
+        raise _malformed(origin, f"{wish} is {item[wish]!r}", "a kernel name, or a list of names or globs")
+    if wish == "pin" and len(kernels) != 1:
+        raise _malformed(origin, f"pins {len(kernels)} kernels", "one; use prefer for several")
+    match = item.get("match")
+    if match is not None and not isinstance(match, str):
+        raise _malformed(origin, f"match is {match!r}", "a path, a glob or re:EXPRESSION")
+    return PolicyRule(wish, tuple(kernels), path_entries([match], origin)[0] if match else None, origin)
+
+
+def _malformed(where: str, what: str, expected: str) -> PlanError:
+    return PlanError("QP-PLAN-POLICY", where, what, expected=expected)
