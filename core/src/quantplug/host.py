@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -84,7 +84,3 @@ class Host(ABC):
             tokens: how many tokens of it to use at most.
             window: sequence length in tokens.
         """
-
-    @abstractmethod
-    def linear_paths(self, source: Path) -> Sequence[str]:
-        """Return the checkpoint paths of the modules that are linear layers, from the configuration alone."""

@@ -115,7 +115,8 @@ class LayerPlanner:
             raise ConfigError(
                 "QP-SKIP-AMBIGUOUS",
                 name,
-                f"stores both a dense weight and {', '.join(sorted(scheme.suffixes & self._stored.tensors(name).keys()))}",
+                "stores both a dense weight and "
+                + ", ".join(sorted(scheme.suffixes & self._stored.tensors(name).keys())),
                 expected="one of the two",
                 fix="The file was written wrongly; ask its maker, or delete one of the two.",
             )

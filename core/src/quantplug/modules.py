@@ -75,7 +75,7 @@ class QuantizedLinear(torch.nn.Module):
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
         self._ledger: Ledger | None = None
 
-    # -- for frameworks with a loader of their own -------------------------------------------------------------------------------
+    # -- for frameworks with a loader of their own
 
     def create_weights(self, ledger: Ledger) -> None:
         """
@@ -161,7 +161,7 @@ class QuantizedLinear(torch.nn.Module):
             raise LoadError(
                 "QP-LOAD-PREPARE",
                 self.path,
-                f"kernel {kernel.name} accepted the layer and then failed to prepare it: {type(error).__name__}: {error}",
+                f"kernel {kernel.name} accepted the layer and then failed: {type(error).__name__}: {error}",
                 fix=f'Report it to its maker; a policy with deny = ["{kernel.name}"] chooses another.',
             ) from error
 

@@ -75,9 +75,14 @@ class TensorReader:
         )
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 of a contiguous CPU tensor's bytes, as hex."""
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's bytes without a copy; valid as long as the tensor is."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
-        return hashlib.sha256(b"").hexdigest()
-    return hashlib.sha256((ctypes.c_char * size).from_address(tensor.data_ptr())).hexdigest()
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a contiguous CPU tensor's bytes, as hex."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
