@@ -196,6 +196,19 @@ class Registry:
         methods = {m: provided for provided in self.dialects.values() for m in provided.item.methods}
         return self._lookup("quant_method", method, methods)
 
+    def dialect_writing(self, scheme: str) -> Provided[Dialect]:
+        """Return the dialect that describes checkpoints of a scheme; raises PluginError `QP-PLUG-MISSING`."""
+        self.scheme(scheme)
+        for provided in self.dialects.values():
+            if scheme in provided.item.writes:
+                return provided
+        raise PluginError(
+            "QP-PLUG-MISSING",
+            f"scheme {scheme}",
+            "no installed dialect can describe a checkpoint of it, so none can be written",
+            expected=f"a dialect that writes {scheme}",
+        )
+
     def architecture_for(self, model_type: str) -> Provided[Architecture] | None:
         """Return the name rules of that `model_type`, None when nobody described it; raises `QP-PLUG-CONFLICT`."""
         self._refuse_conflict("model_type", model_type)
