@@ -3,7 +3,7 @@ The pluggy hooks of a quantplug plugin.
 
 A distribution names one light module under the entry-point group `quantplug.plugins`; that module (by custom
 `plugin.py`) imports the core only, says `quantplug_api = ">=1,<2"`, and implements any of these functions with
-`@hookimpl`. Each is called at most once per process, when its answer is first needed, and returns fresh lists.
+`@hookimpl`. Each is called once, while plugins are discovered, so it imports nothing heavy, and returns a fresh list.
 """
 
 from __future__ import annotations

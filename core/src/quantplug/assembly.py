@@ -1,0 +1,141 @@
+"""
+From what single plugins offer to one registry: names merged, claims that collide left out and kept as conflicts.
+
+The result depends on what was offered, never on the order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+from quantplug.detect import CpuProvider, CudaProvider
+from quantplug.errors import PluginError
+from quantplug.offers import Offer
+from quantplug.reference import ReferenceKernel
+from quantplug.registry import Conflict, Disabled, PluginFailure, PluginInfo, Provided, Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from quantplug.names import Architecture
+
+T = TypeVar("T")
+
+CORE = "quantplug-core"
+"""The distribution that provides what is always there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A plugin that passed every stage, and what it offers."""
+
+    info: PluginInfo
+    offer: Offer
+
+
+def assemble(
+    loaded: Sequence[Loaded], failures: Sequence[PluginFailure], disabled: Sequence[Disabled] = ()
+) -> Registry:
+    """Merge the offers of all plugins, and the core's own, into a registry."""
+    kernels = {kernel.name: kernel for kernel in (ReferenceKernel(),)}
+    platforms = {provider.kind: provider for provider in (CpuProvider(), CudaProvider())}
+    core = Loaded(PluginInfo(CORE, "", "", "", "", (), ""), Offer(kernels=kernels, platforms=platforms))
+    refused = {plugin.info: word for plugin in loaded if (word := _core_name(core.offer, plugin.offer))}
+    plugins = sorted((p for p in loaded if p.info not in refused), key=lambda p: (p.info.distribution, p.info.entry))
+    failures = [*failures, *(_takes_core_name(info, word) for info, word in refused.items())]
+
+    conflicts: list[Conflict] = []
+    everyone = [core, *plugins]
+    schemes = _merge("scheme", [(p.info, p.offer.schemes) for p in everyone], conflicts)
+    kernels_by_name = _merge("kernel", [(p.info, p.offer.kernels) for p in everyone], conflicts)
+    platforms_by_kind = _merge("platform", [(p.info, p.offer.platforms) for p in everyone], conflicts)
+    hosts = _merge("host", [(p.info, p.offer.hosts) for p in everyone], conflicts)
+    dialects = _merge("dialect", [(p.info, p.offer.dialects) for p in everyone], conflicts)
+    _merge("quant_method", [(p.info, _methods(p.offer)) for p in everyone], conflicts)
+    conflicts += _methods_of_conflicts(plugins, conflicts)
+    return Registry(
+        plugins=tuple(p.info for p in plugins),
+        failures=tuple(sorted(failures, key=lambda f: (f.distribution, f.entry, f.stage, f.location, f.error))),
+        schemes=schemes,
+        dialects=dialects,
+        kernels=kernels_by_name,
+        platforms=platforms_by_kind,
+        hosts=hosts,
+        architectures=_architectures(plugins, conflicts),
+        conflicts=tuple(sorted(conflicts, key=lambda c: (c.kind, c.name))),
+        disabled=tuple(disabled),
+    )
+
+
+def _core_name(core: Offer, offer: Offer) -> str:
+    """Return what of the core's an offer claims for itself, in words, or ""."""
+    kernels = [f"kernel {name!r}" for name in sorted(core.kernels.keys() & offer.kernels.keys())]
+    platforms = [f"platform {name!r}" for name in sorted(core.platforms.keys() & offer.platforms.keys())]
+    return " and ".join(kernels + platforms)
+
+
+def _takes_core_name(info: PluginInfo, word: str) -> PluginFailure:
+    error = PluginError(
+        "QP-PLUG-CALL", info.module, f"provides {word}, which is the core's own", expected="another name"
+    )
+    return PluginFailure(info.distribution, info.version, info.entry, "call", str(error), location=info.location)
+
+
+def _merge(
+    kind: str, offers: Sequence[tuple[PluginInfo, Mapping[str, T]]], conflicts: list[Conflict]
+) -> Mapping[str, Provided[T]]:
+    """Return what exactly one plugin claims, sorted by name; append a conflict for every other name."""
+    claims: dict[str, list[tuple[PluginInfo, T]]] = {}
+    for info, items in offers:
+        for name, item in items.items():
+            claims.setdefault(name, []).append((info, item))
+    conflicts += [
+        Conflict(kind, name, _claimants([info for info, _ in found]))
+        for name, found in claims.items()
+        if len(found) > 1
+    ]
+    return MappingProxyType(
+        {
+            name: Provided(item, info.distribution)
+            for name, [(info, item), *others] in sorted(claims.items(), key=lambda claim: claim[0])
+            if not others
+        }
+    )
+
+
+def _claimants(infos: Sequence[PluginInfo]) -> tuple[str, ...]:
+    names = sorted({info.distribution for info in infos})
+    return tuple(names if len(names) > 1 else sorted(f"{info.distribution} ({info.entry})" for info in infos))
+
+
+def _methods(offer: Offer) -> dict[str, str]:
+    return {method: name for name, dialect in offer.dialects.items() for method in dialect.methods}
+
+
+def _methods_of_conflicts(plugins: Sequence[Loaded], conflicts: Sequence[Conflict]) -> list[Conflict]:
+    """Return a conflict for each method that only a dialect of a contested name reads: it has no reader left."""
+    contested = {conflict.name: conflict for conflict in conflicts if conflict.kind == "dialect"}
+    known = {conflict.name for conflict in conflicts if conflict.kind == "quant_method"}
+    lost = {
+        method: contested[name]
+        for plugin in plugins
+        for method, name in _methods(plugin.offer).items()
+        if name in contested and method not in known
+    }
+    return [replace(conflict, kind="quant_method", name=method) for method, conflict in lost.items()]
+
+
+def _architectures(plugins: Sequence[Loaded], conflicts: list[Conflict]) -> tuple[Provided[Architecture], ...]:
+    by_type = [
+        (p.info, {model_type: a for a in p.offer.architectures.values() for model_type in a.model_types})
+        for p in plugins
+    ]
+    alone = _merge("model_type", by_type, conflicts)
+    return tuple(
+        Provided(architecture, plugin.info.distribution)
+        for plugin in plugins
+        for architecture in plugin.offer.architectures.values()
+        if all(model_type in alone for model_type in architecture.model_types)
+    )
