@@ -8,7 +8,7 @@ in it is a programming error that the tests catch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 _CODES: dict[str, str] = {
@@ -45,9 +45,9 @@ _CODES: dict[str, str] = {
     "QP-ST-LAYOUT": "tensor data overlap, leave holes, or do not cover the file",
     "QP-ST-SHAPE": "a tensor's shape, dtype and byte count do not belong together, or exceed the limits",
     "QP-ST-DTYPE": "a tensor has a dtype that is unknown, or not the one its format declares",
-    "QP-ST-NAME": "a tensor name is empty, too long, contains control characters or appears twice",
+    "QP-ST-NAME": "a tensor name is empty, too long, not printable, or appears twice in some spelling",
     "QP-ST-PATH": "a shard path leaves the checkpoint directory or is not a safetensors file",
-    "QP-ST-INDEX": "the index and the files it names do not agree",
+    "QP-ST-INDEX": "the index is malformed, or it and the files it names do not agree",
     "QP-ST-CHANGED": "a file changed while it was read",
     "QP-ST-MISSING": "a tensor that a layer needs is not in the checkpoint",
     "QP-ST-EXTRA": "a checkpoint tensor is claimed by nobody",
@@ -86,6 +86,8 @@ _CODES: dict[str, str] = {
 }
 
 CODES: Mapping[str, str] = MappingProxyType(_CODES)
+
+_SHOWN = 20
 
 
 class QuantplugError(Exception):
@@ -158,3 +160,9 @@ class ConvertError(QuantplugError):
 
 class HostError(QuantplugError):
     """A framework could not run the checkpoint (`QP-HOST-…`)."""
+
+
+def list_names(names: Collection[str]) -> str:
+    """Return up to 20 names, sorted, and a count of the rest."""
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from quantplug.errors import CheckpointError
+from quantplug.errors import CheckpointError, list_names
 from quantplug.plan import LeftTensors
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ DENSE_SUFFIX = "weight"
 BIAS_SUFFIX = "bias"
 # Values that every engine computes anew from the configuration; old exporters stored them all the same.
 _DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
-_SHOWN = 20
 
 
 class StoredModules:
@@ -93,9 +92,3 @@ class StoredModules:
                 fix="A scale or zero point here usually means that a skip rule hides a quantized layer.",
             )
         return tuple(LeftTensors(reason, tuple(names)) for reason, names in left.items())
-
-
-def list_names(names: Collection[str]) -> str:
-    """Return up to 20 names and a count of the rest."""
-    shown = ", ".join(sorted(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
