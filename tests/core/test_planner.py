@@ -1,0 +1,177 @@
+"""Plans: what is decided from headers and configuration alone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from toy_checkpoints import toy_checkpoint, toy_registry, toy_tensors, write_checkpoint
+
+from quantplug.errors import CheckpointError, ConfigError, PlanError, QuantplugError
+from quantplug.inventory import Inventory, ModuleInfo
+from quantplug.plan import Plan
+from quantplug.planner import plan
+from quantplug.spec import LinearShape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOY = {"quant_method": "toy"}
+
+
+def make(directory: Path, **arguments: object) -> Plan:
+    return plan(directory, platform="cpu", registry=toy_registry(), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_plan_names_rule_scheme_kernel_and_tensors_of_every_layer(tmp_path: Path) -> None:
+    result = make(toy_checkpoint(tmp_path, keep=("layers.1.mlp",)))
+    layer = result.layer("model.layers.0.self_attn.q_proj")
+    assert layer.scheme == "toy limit 127"
+    assert layer.rule == "default of toy"
+    assert layer.segments[0].tensors == (
+        ("codes", "model.layers.0.self_attn.q_proj.codes"),
+        ("scale", "model.layers.0.self_attn.q_proj.scale"),
+    )
+    assert layer.tensors == ("model.layers.0.self_attn.q_proj.bias",)
+    assert layer.problem is not None
+    assert layer.problem.bias
+    assert layer.file_bytes == 32 * 32 + 32 * 4 + 32 * 2
+    decision = result.decision_of(layer)
+    assert decision is not None
+    assert decision.kernel == "toy.fast"
+    kept = result.layer("model.layers.1.mlp.up_proj")
+    assert not kept.quantized
+    assert kept.rule.startswith("layers.1.mlp (config.json: quantization_config.keep")
+    assert result.layer("lm_head").rule == "tied to model.embed_tokens: stored once, not quantized"
+    assert result.layer("model.embed_tokens").kind == "embedding"
+    assert result.warnings == ()
+    assert ("toys", "") not in result.plugins
+
+
+def test_equal_problems_share_one_decision(tmp_path: Path) -> None:
+    result = make(toy_checkpoint(tmp_path))
+    assert len(result.decisions) == 4
+    assert sum(layer.quantized for layer in result.layers) == 8
+
+
+def test_a_plan_survives_json_unchanged_and_its_hash_covers_the_choices_only(tmp_path: Path) -> None:
+    directory = toy_checkpoint(tmp_path)
+    result = make(directory)
+    assert Plan.from_json(result.to_json()) == result
+    assert hash(result.hash) == hash(make(directory).hash)
+    assert make(directory, dtype="float32").hash != result.hash
+    on_gpu = plan(directory, platform="cuda:9.0", registry=toy_registry())
+    assert on_gpu.hash != result.hash
+    assert any("run on the slow reference kernel (toy.fast: runs on cpu, not on cuda:9.0" in w for w in on_gpu.warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda p: p.update(version=99), "version 99"),
+        (lambda p: p.pop("layers"), "fields missing or unknown: ['layers']"),
+        (lambda p: p.update(extra=1), "fields missing or unknown: ['extra']"),
+        (lambda p: p.update(dtype=3), "plan.dtype: 3; expected str"),
+        (lambda p: p["layers"].append(3), "plan.layers[12]: 3; expected an object"),
+        (lambda p: p["layers"][0].update({"is": "os.system"}), "is 'os.system'"),
+        (lambda p: p["decisions"][0].update(basis="guessed"), "'guessed'"),
+    ],
+)
+def test_a_tampered_plan_is_refused_with_the_place(tmp_path: Path, change: object, text: str) -> None:
+    body = json.loads(make(toy_checkpoint(tmp_path)).to_json())
+    change(body)  # type: ignore[operator]
+    with pytest.raises(PlanError) as raised:
+        Plan.from_json(json.dumps(body))
+    assert raised.value.code == "QP-PLAN-JSON"
+    assert text in str(raised.value)
+
+
+def test_a_rule_that_matches_nothing_is_reported(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, toy_tensors(), {**TOY, "keep": ["model.layers.7."]})
+    result = make(directory)
+    assert any("'model.layers.7.' (config.json: quantization_config.keep" in w for w in result.warnings)
+    assert [use.matched for use in result.entries] == [0]
+
+
+def test_tensors_overrule_a_rule_where_they_are_unambiguous_and_strict_makes_that_an_error(tmp_path: Path) -> None:
+    dense_though_not_listed = write_checkpoint(tmp_path / "a", toy_tensors(("layers.0.mlp",)), TOY)
+    layer = make(dense_though_not_listed).layer("model.layers.0.mlp.up_proj")
+    assert not layer.quantized
+    assert layer.notes[0].startswith("evidence: default of toy assigns toy limit 127, but")
+    quantized_though_listed = write_checkpoint(tmp_path / "b", toy_tensors(), {**TOY, "keep": ["layers.0.mlp"]})
+    assert make(quantized_though_listed).layer("model.layers.0.mlp.up_proj").quantized
+    for directory in (dense_though_not_listed, quantized_though_listed):
+        with pytest.raises(ConfigError) as raised:
+            make(directory, strict=True)
+        assert raised.value.code == "QP-SKIP-EVIDENCE"
+
+
+def damaged(name: str, tensor: torch.Tensor | None, directory: Path) -> Path:
+    tensors = toy_tensors()
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    return write_checkpoint(directory, tensors, TOY)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "code", "text"),
+    [
+        ("model.layers.0.mlp.up_proj.scale", None, "QP-ST-MISSING", "lacks scale"),
+        ("model.layers.0.mlp.up_proj.scale", torch.ones(48), "QP-ST-SHAPE", "shape [48]; expected [48, 1]"),
+        ("model.layers.0.mlp.up_proj.scale", torch.ones(48, 1).half(), "QP-ST-DTYPE", "dtype float16; expected float32"),
+        ("model.layers.0.mlp.up_proj.weight", torch.ones(48, 32), "QP-SKIP-AMBIGUOUS", "stores both a dense weight and"),
+        ("model.layers.0.mlp.up_proj.zeros", torch.ones(48, 1), "QP-ST-EXTRA", "1 tensor(s) are claimed by no module"),
+        ("model.layers.0.mlp.up_proj.codes", torch.ones(48).char(), "QP-ST-SHAPE", "codes are [48]"),
+    ],
+)
+def test_stored_tensors_that_do_not_fit_the_format_stop_the_plan(
+    tmp_path: Path, name: str, tensor: torch.Tensor | None, code: str, text: str
+) -> None:
+    with pytest.raises(QuantplugError) as raised:
+        make(damaged(name, tensor, tmp_path / "bad"))
+    assert (raised.value.code, text in str(raised.value)) == (code, True), str(raised.value)
+    assert make(toy_checkpoint(tmp_path / "good")).layers
+
+
+def test_a_fused_module_of_a_model_takes_its_shards_in_order(tmp_path: Path) -> None:
+    shards = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
+    tensors = {name: t for name, t in toy_tensors().items() if name.startswith(shards) and not name.endswith("bias")}
+    fused = ModuleInfo("model.layers.0.self_attn.qkv_proj", "linear", shape=LinearShape(48, 32), shards=shards)
+    directory = write_checkpoint(tmp_path / "good", tensors, TOY)
+    layer = make(directory, inventory=Inventory((fused,))).layers[0]
+    assert [segment.name for segment in layer.segments] == list(shards)
+    wrong = ModuleInfo(fused.path, "linear", shape=LinearShape(64, 32), shards=shards)
+    with pytest.raises(CheckpointError, match=r"describe 48 x 32; expected 64 x 32"):
+        make(directory, inventory=Inventory((wrong,)))
+    one_dense = {n: t for n, t in tensors.items() if not n.startswith(shards[1])}
+    one_dense[f"{shards[1]}.weight"] = torch.ones(16, 32)
+    with pytest.raises(ConfigError, match="its shards are partly quantized") as raised:
+        make(write_checkpoint(tmp_path / "mixed", one_dense, TOY), inventory=Inventory((fused,)))
+    assert raised.value.code == "QP-SKIP-SHARDS"
+
+
+def test_a_model_without_tensors_for_a_module_is_an_error(tmp_path: Path) -> None:
+    inventory = Inventory((ModuleInfo("model.layers.0.mlp.gate_proj", "linear"),))
+    with pytest.raises(CheckpointError, match="the checkpoint has no tensors for it"):
+        make(toy_checkpoint(tmp_path), inventory=inventory)
+
+
+def test_asking_for_a_layer_that_is_not_there_suggests_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"Nearest: model\.layers\.0\.self_attn\.q_proj"):
+        make(toy_checkpoint(tmp_path)).layer("layers.0.self_attn.q_proj")
+
+
+def test_an_activation_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="'int4' is not an activation dtype"):
+        make(toy_checkpoint(tmp_path), dtype="int4")
+
+
+def test_a_stored_copy_of_a_tied_head_is_left_by_name(tmp_path: Path) -> None:
+    tensors = toy_tensors()
+    tensors["rope.rotary_emb.inv_freq"] = torch.ones(4)
+    result = make(write_checkpoint(tmp_path, tensors, TOY))
+    assert [(left.reason, left.names) for left in result.left] == [] or all(left.names for left in result.left)

@@ -1,0 +1,68 @@
+"""The caller's wishes about kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from quantplug.errors import PlanError
+from quantplug.inventory import ModuleInfo
+from quantplug.policy import Policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DOWN = ModuleInfo("model.layers.3.mlp.down_proj", "linear")
+UP = ModuleInfo("model.layers.3.mlp.up_proj", "linear")
+
+
+def test_the_first_rule_that_names_a_kernel_for_a_module_holds() -> None:
+    policy = Policy.parse(
+        {"rule": [{"match": "re:.*down_proj", "deny": ["cpu.*"]}, {"prefer": ["cpu.int4"]}]}, "policy"
+    )
+    assert policy.wish(DOWN, "cpu.int4") == policy.rules[0]
+    assert policy.wish(UP, "cpu.int4") == policy.rules[1]
+    assert policy.wish(UP, "reference") is None
+
+
+def test_the_environment_names_a_toml_file(tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text('[[rule]]\nmatch = "model.layers.3"\npin = "reference"\n')
+    policy = Policy.from_environment({"QUANTPLUG_POLICY": str(file)})
+    pin = policy.pin(DOWN)
+    assert pin is not None
+    assert pin.kernels == ("reference",)
+    assert policy.pin(ModuleInfo("model.layers.30.mlp.down_proj", "linear")) is None
+    assert Policy.from_environment({}) == Policy()
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ({"rules": []}, "unknown key 'rules'"),
+        ({"rule": {}}, "rule is not a list"),
+        ({"rule": ["x"]}, "is not a table"),
+        ({"rule": [{"match": "mlp"}]}, "has no wish"),
+        ({"rule": [{"pin": "a", "deny": "b"}]}, "has pin and deny"),
+        ({"rule": [{"pin": ["a", "b"]}]}, "pins 2 kernels"),
+        ({"rule": [{"deny": []}]}, "deny is []"),
+        ({"rule": [{"deny": [3]}]}, "deny is [3]"),
+        ({"rule": [{"deny": "a", "match": 3}]}, "match is 3"),
+        ({"rule": [{"deny": "a", "when": "M<16"}]}, "unknown key 'when'"),
+    ],
+)
+def test_a_malformed_rule_is_refused_with_its_place(table: dict[str, object], text: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        Policy.parse(table, "policy.toml")
+    assert raised.value.code == "QP-PLAN-POLICY"
+    assert text in str(raised.value)
+    assert raised.value.where.startswith("policy.toml")
+
+
+def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be read"):
+        Policy.from_toml(tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("[[rule\n")
+    with pytest.raises(PlanError, match="is not TOML"):
+        Policy.from_toml(tmp_path / "bad.toml")

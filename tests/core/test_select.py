@@ -1,0 +1,129 @@
+"""Which kernel is chosen, and what is kept of the others' answers."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+from quantplug_testkit import toys
+from toy_checkpoints import toy_registry
+
+from quantplug.errors import PlanError
+from quantplug.hooks import hookimpl
+from quantplug.inventory import ModuleInfo
+from quantplug.kernel import Accepted, Cost, Rejected, Verdict
+from quantplug.plan import Choice
+from quantplug.platform import Platform
+from quantplug.plugins import build_registry
+from quantplug.policy import Policy
+from quantplug.select import select
+from quantplug.spec import ElementType, LinearProblem, PerChannel, PerGroup, SegmentSpec, WeightSpec
+
+CPU = Platform.parse("cpu")
+MODULE = ModuleInfo("model.layers.0.mlp.up_proj", "linear")
+INT8 = SegmentSpec(48, WeightSpec(ElementType.INT8, PerChannel(), "float32"))
+INT4 = SegmentSpec(16, WeightSpec(ElementType.INT4, PerGroup(16)))
+
+
+def problem(in_features: int = 32, *segments: SegmentSpec) -> LinearProblem:
+    return LinearProblem(in_features, segments or (INT8,), "bfloat16")
+
+
+def policy(*rules: dict[str, object]) -> Policy:
+    return Policy.parse({"rule": list(rules)}, "test policy")
+
+
+def test_the_cheapest_for_one_row_comes_first_and_another_of_its_layout_takes_the_many_rows() -> None:
+    """At cost 5 + 2 M against 20 + M / 2 the lines cross at M = 10, so the bucket from 16 on is the other's."""
+    decision = select(problem(), MODULE, CPU, toy_registry(), Policy(), {})
+    assert decision.choices == (Choice("toy.fast", 0, 15), Choice("toy.many", 16, None))
+    assert decision.layout_id == "toy"
+    assert [c.kernel for c in decision.candidates] == ["toy.fast", "toy.many", "reference"]
+
+
+def test_every_refusal_is_kept_with_its_reason() -> None:
+    decision = select(problem(40), MODULE, CPU, toy_registry(), Policy(), {})
+    assert decision.kernel == "reference"
+    refused = {c.kernel: c.verdict for c in decision.candidates if isinstance(c.verdict, Rejected)}
+    assert refused["toy.fast"] == Rejected("shape", "in_features 40 is not a multiple of 16", "pad K")
+
+
+def test_a_probe_refusal_joins_the_trace_and_moves_the_choice() -> None:
+    refusal = Rejected("probe", "the tiny product is wrong")
+    decision = select(problem(), MODULE, CPU, toy_registry(), Policy(), {"toy.fast": refusal})
+    assert decision.kernel == "toy.many"
+    assert next(c.verdict for c in decision.candidates if c.kernel == "toy.fast") == refusal
+
+
+def test_the_fallback_is_never_chosen_over_a_dearer_real_kernel() -> None:
+    """The reference kernel's estimate for a tiny problem is below the toy's; it must still come last."""
+    decision = select(problem(16, SegmentSpec(1, INT8.weight)), MODULE, CPU, toy_registry(), Policy(), {})
+    assert decision.kernel == "toy.fast"
+
+
+def test_prefer_deny_and_pin_act_on_the_layers_they_match() -> None:
+    registry = toy_registry()
+    prefer = policy({"match": "re:.*up_proj", "prefer": ["toy.many"]})
+    assert select(problem(), MODULE, CPU, registry, prefer, {}).choices == (Choice("toy.many"),)
+    other = ModuleInfo("model.layers.0.mlp.down_proj", "linear")
+    assert select(problem(), other, CPU, registry, prefer, {}).kernel == "toy.fast"
+    deny = select(problem(), MODULE, CPU, registry, policy({"deny": "toy.*"}), {})
+    assert deny.kernel == "reference"
+    assert deny.candidates[-1].verdict == Rejected("policy", "denied by test policy: rule 1")
+    pin = select(problem(), MODULE, CPU, registry, policy({"match": "mlp", "pin": "reference"}), {})
+    assert pin.choices == (Choice("reference"),)
+
+
+def test_a_pin_that_cannot_be_honoured_is_an_error_with_the_kernels_own_reason() -> None:
+    with pytest.raises(PlanError) as raised:
+        select(problem(40), MODULE, CPU, toy_registry(), policy({"pin": "toy.fast"}), {})
+    assert raised.value.code == "QP-PLAN-PIN"
+    assert "toy.fast is pinned by test policy: rule 1 and refuses: in_features 40" in str(raised.value)
+    with pytest.raises(PlanError, match=r"marlin\.w4 is pinned by .* and is not installed"):
+        select(problem(), MODULE, CPU, toy_registry(), policy({"pin": "marlin.w4"}), {})
+
+
+def test_when_everyone_refuses_the_error_lists_every_reason_and_every_broken_plugin() -> None:
+    def quantplug_kernels() -> list[object]:
+        raise ImportError("No module named 'vendor_lib'")
+
+    broken = SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=hookimpl(quantplug_kernels))
+    registry = build_registry({"toys": toys, "quantplug-vendor": broken})
+    with pytest.raises(PlanError) as raised:
+        select(problem(), MODULE, Platform.parse("cuda:9.0"), registry, policy({"deny": "reference"}), {})
+    assert raised.value.code == "QP-PLAN-NOKERNEL"
+    text = str(raised.value)
+    assert "no kernel runs [48, 32] int8 per channel, bfloat16 on cuda:9.0" in text
+    assert "toy.fast (toys): runs on cpu, not on cuda:9.0" in text
+    assert "quantplug-vendor" in text
+    assert "vendor_lib" in text
+
+
+def test_segments_that_differ_are_split_for_a_kernel_that_needs_them_uniform() -> None:
+    decision = select(problem(32, INT8, INT4), MODULE, CPU, toy_registry(), Policy(), {})
+    verdict = next(c.verdict for c in decision.candidates if c.kernel == "toy.fast")
+    assert isinstance(verdict, Accepted)
+    assert verdict.cost == Cost(10.0, 4.0)
+    assert verdict.notes == ("split into 2 calls: segments differ",)
+
+
+def test_the_choice_does_not_depend_on_the_order_in_which_plugins_are_named() -> None:
+    class Twin(toys.ToyKernel):
+        name = "a.twin"
+        layout_id = "twin"
+
+        def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+            return Accepted(Cost(5.0, 2.0))
+
+    @hookimpl
+    def quantplug_kernels() -> list[object]:
+        return [Twin()]
+
+    plugins = {"toys": toys, "twins": SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)}
+    decisions = [
+        select(problem(), MODULE, CPU, build_registry(dict(order)), Policy(), {})
+        for order in itertools.permutations(plugins.items())
+    ]
+    assert decisions[0] == decisions[1]
+    assert decisions[0].kernel == "a.twin"
