@@ -4,15 +4,28 @@ The modules a plan is about: read off a model on the meta device by an adapter, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX, StoredModules
+from quantplug.names import GENERIC
 from quantplug.spec import LinearShape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from quantplug.checkpoint import Checkpoint
+    from quantplug.config import QuantConfig
+    from quantplug.jsonio import Json
+    from quantplug.names import Architecture
+    from quantplug.registry import Registry
 
 ModuleKind = Literal["linear", "embedding", "other"]
+
+# Path components that are looked at one by one when modules are put in order; the rest of a longer path is one.
+_MOST_COMPONENTS = 32
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,7 @@ class ModuleInfo:
         bias: whether a linear module has a bias.
         shards: checkpoint paths that are fused into this module, in output order; () when it is stored under `name`.
         tied_to: path of the module that owns this one's weight, or "".
+        head: whether it is the output head (the last linear layer, onto the vocabulary).
     """
 
     path: str
@@ -39,6 +53,7 @@ class ModuleInfo:
     bias: bool = False
     shards: tuple[str, ...] = ()
     tied_to: str = ""
+    head: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -56,3 +71,112 @@ class Inventory:
 
     def __len__(self) -> int:
         return len(self.modules)
+
+
+def inventory_of(
+    checkpoint: Checkpoint, model_config: Mapping[str, Json], registry: Registry, config: QuantConfig
+) -> Inventory:
+    """
+    Return the modules that the tensor names of a bare checkpoint stand for.
+
+    A module that stores what a scheme of the configuration stores, or a 2-D `weight`, is linear, unless the name rules
+    of its family say that it is an embedding. Layers are in the order of their numbers, the rest in file order, the
+    head last; a head that is tied and not stored is there, too.
+
+    Args:
+        checkpoint: its headers.
+        model_config: its config.json.
+        registry: for the schemes that `config` names, and for name rules of the model's family.
+        config: how it is quantized.
+
+    Raises:
+        PluginError: `QP-PLUG-MISSING` or `QP-PLUG-CONFLICT` about a scheme that `config` names.
+    """
+    stored = StoredModules(checkpoint)
+    rules = _architecture(model_config, registry)
+    marks = _marks(config, registry)
+    modules = [_module(path, stored, rules, marks) for path in _model_order(stored.paths)]
+    modules.sort(key=lambda module: module.head)
+    if not any(module.head for module in modules) and _is_tied(model_config):
+        modules += _tied_head(modules, stored, rules)
+    return Inventory(tuple(modules))
+
+
+def _architecture(model_config: Mapping[str, Json], registry: Registry) -> Architecture:
+    for config in (model_config, model_config.get("text_config")):
+        model_type = config.get("model_type") if isinstance(config, Mapping) else None
+        described = registry.architecture_for(model_type) if isinstance(model_type, str) else None
+        if described is not None:
+            return described.item
+    return GENERIC
+
+
+def _marks(config: QuantConfig, registry: Registry) -> frozenset[str]:
+    """Return the suffixes that only a quantized layer has."""
+    names = {ref.name for ref in (config.default, *(rule.use for rule in config.rules)) if ref is not None}
+    suffixes = {suffix for name in sorted(names) for suffix in registry.scheme(name).item.suffixes}
+    return frozenset(suffixes - {DENSE_SUFFIX, BIAS_SUFFIX})
+
+
+def _module(path: str, stored: StoredModules, rules: Architecture, marks: frozenset[str]) -> ModuleInfo:
+    tensors = stored.tensors(path)
+    if _ends_with(path, rules.embeddings):
+        return ModuleInfo(path, "embedding", class_name="Embedding")
+    weight = tensors.get(DENSE_SUFFIX)
+    quantized = not marks.isdisjoint(tensors)
+    if not quantized and (weight is None or len(weight.shape) != 2):
+        return ModuleInfo(path, "other")
+    return ModuleInfo(
+        path,
+        "linear",
+        class_name="Linear",
+        shape=None if quantized or weight is None else LinearShape(*weight.shape),
+        bias=BIAS_SUFFIX in tensors,
+        head=_ends_with(path, rules.heads) and not any(part.isdecimal() for part in path.split(".")),
+    )
+
+
+def _ends_with(path: str, suffixes: Iterable[str]) -> bool:
+    return any(path == suffix or path.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _is_tied(model_config: Mapping[str, Json]) -> bool:
+    """Whether the head shares the embedding's weight; language models that say nothing and store no head do."""
+    for config in (model_config, model_config.get("text_config")):
+        if isinstance(config, Mapping) and isinstance(tied := config.get("tie_word_embeddings"), bool):
+            return tied
+    classes = model_config.get("architectures")
+    return isinstance(classes, list) and any(str(name).endswith(_LANGUAGE_MODELS) for name in classes)
+
+
+def _tied_head(modules: Sequence[ModuleInfo], stored: StoredModules, rules: Architecture) -> list[ModuleInfo]:
+    for suffix in rules.embeddings:
+        for module in modules:
+            if module.kind != "embedding" or not _ends_with(module.path, (suffix,)):
+                continue
+            weight = stored.tensors(module.path).get(DENSE_SUFFIX)
+            shape = LinearShape(*weight.shape) if weight is not None and len(weight.shape) == 2 else None
+            head = ModuleInfo(
+                rules.heads[0], "linear", class_name="Linear", shape=shape, tied_to=module.path, head=True
+            )
+            return [head]
+    return []
+
+
+def _model_order(paths: Iterable[str]) -> list[str]:
+    """
+    Sort by layer number, and otherwise by which sibling the files name first.
+
+    Siblings of different layers count as one: the order within layer 10 is that within the first layer named.
+    """
+    ranks: dict[tuple[int, str], int] = {}
+
+    def key(path: str) -> list[tuple[int, int]]:
+        place, node = [], 0
+        for part in path.split(".", _MOST_COMPONENTS):
+            number = int(part) if part.isdecimal() and len(part) < 10 else None
+            node = ranks.setdefault((node, part if number is None else "#"), len(ranks) + 1)
+            place.append((node, number or 0))
+        return place
+
+    return [path for _, path in sorted((key(path), path) for path in paths)]

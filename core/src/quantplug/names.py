@@ -18,15 +18,26 @@ class Architecture:
     Attributes:
         name: "llama".
         model_types: values of config.json `model_type` it answers to; () is the generic fallback.
-        embeddings: dotted suffixes of module paths that are embeddings.
-        heads: dotted suffixes of module paths that are the output head; tied to the first embedding when absent from
-            the files and `tie_word_embeddings` is set.
+        embeddings: dotted suffixes of module paths that are embeddings, that of the vocabulary first.
+        heads: dotted suffixes of module paths that are the output head, outside numbered layers; the first of them is
+            tied to the vocabulary's embedding when the files have none and `tie_word_embeddings` is set.
         fused: (fused last name, shard last names) for engines that fuse, such as ("qkv_proj", ("q_proj", …)).
     """
 
     name: str
     model_types: tuple[str, ...] = ()
-    embeddings: tuple[str, ...] = ("embed_tokens", "wte", "word_embeddings", "embeddings", "tok_embeddings")
+    embeddings: tuple[str, ...] = (
+        "embed_tokens",
+        "wte",
+        "word_embeddings",
+        "tok_embeddings",
+        "embed_in",
+        "embeddings",
+        "wpe",
+        "embed_positions",
+        "position_embeddings",
+        "token_type_embeddings",
+    )
     heads: tuple[str, ...] = ("lm_head", "embed_out", "output")
     fused: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
