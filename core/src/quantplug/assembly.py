@@ -35,19 +35,25 @@ class Loaded:
     offer: Offer
 
 
+_CORE = Loaded(
+    PluginInfo(CORE, "", "", "", "", (), ""),
+    Offer(
+        kernels={kernel.name: kernel for kernel in (ReferenceKernel(),)},
+        platforms={provider.kind: provider for provider in (CpuProvider(), CudaProvider())},
+    ),
+)
+
+
 def assemble(
     loaded: Sequence[Loaded], failures: Sequence[PluginFailure], disabled: Sequence[Disabled] = ()
 ) -> Registry:
     """Merge the offers of all plugins, and the core's own, into a registry."""
-    kernels = {kernel.name: kernel for kernel in (ReferenceKernel(),)}
-    platforms = {provider.kind: provider for provider in (CpuProvider(), CudaProvider())}
-    core = Loaded(PluginInfo(CORE, "", "", "", "", (), ""), Offer(kernels=kernels, platforms=platforms))
-    refused = {plugin.info: word for plugin in loaded if (word := _core_name(core.offer, plugin.offer))}
+    refused = {plugin.info: word for plugin in loaded if (word := _core_name(plugin.offer))}
     plugins = sorted((p for p in loaded if p.info not in refused), key=lambda p: (p.info.distribution, p.info.entry))
     failures = [*failures, *(_takes_core_name(info, word) for info, word in refused.items())]
 
     conflicts: list[Conflict] = []
-    everyone = [core, *plugins]
+    everyone = [_CORE, *plugins]
     schemes = _merge("scheme", [(p.info, p.offer.schemes) for p in everyone], conflicts)
     kernels_by_name = _merge("kernel", [(p.info, p.offer.kernels) for p in everyone], conflicts)
     platforms_by_kind = _merge("platform", [(p.info, p.offer.platforms) for p in everyone], conflicts)
@@ -69,10 +75,10 @@ def assemble(
     )
 
 
-def _core_name(core: Offer, offer: Offer) -> str:
+def _core_name(offer: Offer) -> str:
     """Return what of the core's an offer claims for itself, in words, or ""."""
-    kernels = [f"kernel {name!r}" for name in sorted(core.kernels.keys() & offer.kernels.keys())]
-    platforms = [f"platform {name!r}" for name in sorted(core.platforms.keys() & offer.platforms.keys())]
+    kernels = [f"kernel {name!r}" for name in sorted(_CORE.offer.kernels.keys() & offer.kernels.keys())]
+    platforms = [f"platform {name!r}" for name in sorted(_CORE.offer.platforms.keys() & offer.platforms.keys())]
     return " and ".join(kernels + platforms)
 
 

@@ -170,7 +170,7 @@ def detect(registry: Registry | None = None, kind: str | None = None) -> Platfor
 
 
 def _wrong(found: object, kind: str) -> str:
-    shown = f"a platform of kind {found.kind!r}" if isinstance(found, Platform) else f"a {type(found).__qualname__}"
+    shown = f"a platform of kind {found.kind!r}" if isinstance(found, Platform) else f"type {type(found).__qualname__}"
     return str(
         PluginError("QP-PLUG-CALL", "detect()", f"returned {shown}", expected=f"a Platform of kind {kind!r}, or None")
     )

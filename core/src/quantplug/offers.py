@@ -65,7 +65,7 @@ def register(plugin: object, name: str) -> pluggy.PluginManager:
             raise PluginError(
                 "QP-PLUG-HOOK",
                 attribute,
-                f"is {_a(getattr(plugin, attribute))} that is not marked as an implementation",
+                f"is {_type(getattr(plugin, attribute))} and not marked as an implementation",
                 expected=_signature(attribute),
                 fix="Decorate the function with quantplug.hookimpl",
             )
@@ -135,7 +135,7 @@ def _ask(caller: pluggy.HookCaller) -> dict[str, Any]:
         if not isinstance(answer, Sequence) or isinstance(answer, (str, bytes)):
             if inspect.iscoroutine(answer):
                 answer.close()  # or Python warns that nobody awaited it
-            raise _wrong(f"returned {_a(answer)}", caller.name)
+            raise _wrong(f"returned an object {_type(answer)}", caller.name)
         for number, item in enumerate(answer):
             name = _CHECKS[caller.name](item, f"item {number}")
             if name in items:
@@ -161,13 +161,13 @@ def _wrong(what: str, hook: str) -> PluginError:
     return PluginError("QP-PLUG-CALL", "answer", what, expected=f"a list, {expected}")
 
 
-def _a(thing: object) -> str:
-    return f"the class {thing.__qualname__}" if isinstance(thing, type) else f"a {type(thing).__qualname__}"
+def _type(thing: object) -> str:
+    return f"the class {thing.__qualname__}" if isinstance(thing, type) else f"of type {type(thing).__qualname__}"
 
 
 def _instance(item: object, where: str, kind: type) -> None:
     if not isinstance(item, kind):
-        raise PluginError("QP-PLUG-CALL", where, f"is {_a(item)}", expected=f"an instance of {kind.__qualname__}")
+        raise PluginError("QP-PLUG-CALL", where, f"is {_type(item)}", expected=f"an instance of {kind.__qualname__}")
 
 
 def _named(name: object, where: str) -> str:
@@ -183,7 +183,7 @@ def _strings(value: object, where: str, attribute: str) -> None:
 
 def _scheme(item: Any, where: str) -> str:
     if not (isinstance(item, type) and issubclass(item, LinearScheme)):
-        raise PluginError("QP-PLUG-CALL", where, f"is {_a(item)}", expected="a class derived from LinearScheme")
+        raise PluginError("QP-PLUG-CALL", where, f"is {_type(item)}", expected="a class derived from LinearScheme")
     if inspect.isabstract(item):
         missing = ", ".join(sorted(item.__abstractmethods__))
         raise PluginError("QP-PLUG-CALL", where, f"{item.__qualname__} does not implement {missing}")

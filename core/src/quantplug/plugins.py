@@ -119,7 +119,8 @@ def build_registry(modules: Mapping[str, object]) -> Registry:
     for name, module in modules.items():
         api = getattr(module, "quantplug_api", "")
         info = PluginInfo(normalise(name), "", name, getattr(module, "__name__", type(module).__name__), api, (), "")
-        _sort(_admit(info, module), loaded, failures)
+        problem = _api_problem(api) if api else ""
+        _sort(_failure(info, "api", Fault(problem)) if problem else _admit(info, module), loaded, failures)
     return assemble(loaded, failures)
 
 

@@ -120,12 +120,13 @@ class Conflict:
 
     def error(self) -> PluginError:
         """Return what using the name raises."""
+        distribution, _, entry = self.plugins[-1].rstrip(")").partition(" (")
         return PluginError(
             "QP-PLUG-CONFLICT",
             f"{self.kind} {self.name!r}",
             f"claimed by {' and '.join(self.plugins)}",
             expected="one plugin per name",
-            fix=f"Uninstall one of them, or keep one out: QUANTPLUG_DISABLE_PLUGINS={self.plugins[-1].split()[0]}",
+            fix=f"Uninstall one of them, or keep one out: QUANTPLUG_DISABLE_PLUGINS={entry or distribution}",
         )
 
 
