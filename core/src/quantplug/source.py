@@ -68,7 +68,8 @@ def _download(repo: str) -> Path:
     )
 
     # Its bases are the errors of the HTTP library, which is another one in each major version of huggingface_hub.
-    http_errors = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    http_errors = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    failures: tuple[type[Exception], ...] = (*http_errors, OSError, HFValidationError)
     try:
         return Path(snapshot_download(repo, allow_patterns=list(ALLOWED_FILES)))
     except GatedRepoError as error:
@@ -82,7 +83,7 @@ def _download(repo: str) -> Path:
         what = "is no directory, is not in the local cache, and cannot be downloaded now"
         fix = "Check the path and the network, or unset HF_HUB_OFFLINE if it is set."
         raise _failed(repo, what, fix) from error
-    except (*http_errors, OSError, HFValidationError) as error:
+    except failures as error:
         what = f"cannot be downloaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise _failed(repo, what, "Try again later, or download it by other means and pass the directory.") from error
 
