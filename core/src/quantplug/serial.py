@@ -50,6 +50,15 @@ def to_json(value: object) -> Json:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+def plain(value: object) -> Json:
+    """Return plain JSON for any dataclass, without tags: for people and scripts that only read."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list, frozenset)):
+        return [plain(item) for item in value]
+    return to_json(value)
+
+
 def from_json(value: Json, where: str) -> plan.Plan:
     """
     Return the plan that `to_json` wrote.

@@ -1,1 +1,1 @@
-"""The quantplug command."""
+"""The quantplug command: renders what the core returns, decides nothing."""

@@ -1,0 +1,127 @@
+"""
+`quantplug plan`: every decision about a checkpoint, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import typer
+
+from quantplug_cli.options import (
+    AsJson,
+    Checkpoint,
+    Dtype,
+    For,
+    PolicyFile,
+    Settings,
+    Strict,
+    read_policy,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quantplug.plan import Plan
+
+
+def plan(
+    checkpoint: Checkpoint,
+    *,
+    platform: For = None,
+    dtype: Dtype = None,
+    policy: PolicyFile = None,
+    settings: Settings = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show rule, scheme and kernel of every layer, why other kernels were refused, and the memory it takes."""
+    import quantplug
+
+    made = quantplug.plan(
+        checkpoint,
+        platform=platform,
+        dtype=dtype,
+        policy=read_policy(policy),
+        override=read_settings(settings),
+        strict=strict,
+    )
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        show(made, checkpoint)
+
+
+def show(made: Plan, title: str) -> None:
+    """Print a plan: one row per group of layers, then the refusals, the totals and the warnings."""
+    from rich.console import Console
+
+    from quantplug_cli.text import size
+
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(f"[bold]{title}[/bold] on [bold]{made.platform}[/bold], {made.dtype}, plan {made.hash[:12]}")
+    console.print(_table(made))
+    for line in _refusals(made):
+        console.print(line, style="dim", markup=False)
+    files = sum(layer.file_bytes for layer in made.layers)
+    memory = sum(layer.memory_bytes for layer in made.layers)
+    quantized = sum(layer.quantized for layer in made.layers)
+    console.print(f"{quantized} layers quantized; {size(files)} in files, about {size(memory)} in memory")
+    for left in made.left:
+        console.print(f"left: {left.reason} ({len(left.names)} tensors, {left.names[0]} …)", markup=False)
+    for warning in made.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def _table(made: Plan) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from quantplug_cli.grouping import group_layers
+    from quantplug_cli.text import choices, size
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    for name in ("layers", "scheme", "kernel", "rule"):
+        table.add_column(name, overflow="fold")
+    for name in ("n", "file", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in group_layers(made):
+        decision = made.decision_of(group.first)
+        table.add_row(
+            group.names,
+            group.first.scheme or made.dtype if group.first.kind == "linear" else group.first.kind,
+            choices(decision) if decision is not None else "the framework's",
+            "; ".join([group.first.rule, *group.first.notes]),
+            str(len(group.layers)),
+            size(group.file_bytes),
+            size(group.memory_bytes),
+        )
+    return table
+
+
+def _refusals(made: Plan) -> list[str]:
+    """Return one line per kernel that some decision refused or passed over, with the reasons and how often."""
+    from quantplug.kernel import Rejected
+
+    layers = Counter(layer.decision for layer in made.layers if layer.decision is not None)
+    reasons: dict[str, Counter[str]] = {}
+    for index, decision in enumerate(made.decisions):
+        chosen = {choice.kernel for choice in decision.choices}
+        for candidate in decision.candidates:
+            if candidate.kernel in chosen:
+                continue
+            if isinstance(candidate.verdict, Rejected):
+                text = candidate.verdict.reason
+            else:
+                best = next(c.verdict for c in decision.candidates if c.kernel == decision.kernel)
+                ours = 0.0 if isinstance(best, Rejected) else best.cost.at(1)
+                text = (
+                    f"fits, estimated {candidate.verdict.cost.at(1) / ours:.1f} x the time at M = 1" if ours else "fits"
+                )
+            reasons.setdefault(candidate.kernel, Counter())[text] += layers[index]
+    return [
+        f"not {kernel}: " + "; ".join(f"{text} ({count} layers)" for text, count in counter.most_common(3))
+        for kernel, counter in reasons.items()
+    ]

@@ -1,0 +1,73 @@
+"""
+`quantplug why`: one layer, all the way down.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantplug_cli.options import AsJson, Checkpoint, Dtype, For, PolicyFile, Settings, read_policy, read_settings
+
+if TYPE_CHECKING:
+    from quantplug.plan import LayerPlan, Plan
+
+Layer = Annotated[str, typer.Argument(metavar="LAYER", help="Module path, such as model.layers.3.mlp.down_proj.")]
+
+
+def why(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    *,
+    platform: For = None,
+    dtype: Dtype = None,
+    policy: PolicyFile = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain one layer: the deciding rule, its tensors, and every kernel's answer."""
+    import quantplug
+
+    made = quantplug.plan(
+        checkpoint, platform=platform, dtype=dtype, policy=read_policy(policy), override=read_settings(settings)
+    )
+    found = made.layer(layer)
+    if as_json:
+        import json
+
+        from quantplug.serial import to_json
+
+        typer.echo(json.dumps({"layer": to_json(found), "decision": to_json(made.decision_of(found))}, indent=2))
+    else:
+        _show(made, found)
+
+
+def _show(made: Plan, layer: LayerPlan) -> None:
+    from quantplug.select import describe_problem
+    from quantplug_cli.text import rows, size, verdict
+
+    typer.secho(f"{layer.path} on {made.platform}", bold=True)
+    _line("rule", layer.rule)
+    for note in layer.notes:
+        _line("note", note)
+    _line("scheme", layer.scheme or "none: it stays dense")
+    for segment in layer.segments:
+        _line("stored as", ", ".join(name for _, name in segment.tensors))
+    if layer.tensors:
+        _line("bias" if layer.segments else "stored as", ", ".join(layer.tensors))
+    _line("bytes", f"{size(layer.file_bytes)} in files, about {size(layer.memory_bytes)} in memory")
+    decision = made.decision_of(layer)
+    if decision is not None and layer.problem is not None:
+        _line("problem", describe_problem(layer.problem))
+        for choice in decision.choices:
+            _line("kernel", f"{choice.kernel} for {rows(choice)} ({decision.basis}, layout {decision.layout_id})")
+        for candidate in decision.candidates:
+            said = f" [{candidate.policy}]" if candidate.policy else ""
+            _line("asked", f"{candidate.kernel} ({candidate.plugin}){said}: {verdict(candidate.verdict)}")
+    for field in made.fields:
+        _line("from", f"{field.name} = {field.value!r}  ({field.origin})")
+
+
+def _line(label: str, text: str) -> None:
+    typer.echo(f"  {label + ':':<11}{text}")

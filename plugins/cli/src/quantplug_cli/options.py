@@ -1,0 +1,58 @@
+"""
+Options that several commands share, and how their text becomes values.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quantplug.jsonio import Json
+    from quantplug.policy import Policy
+
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="Checkpoint directory, or a Hugging Face repository id.")
+]
+For = Annotated[
+    str | None,
+    typer.Option("--for", metavar="PLATFORM", help="Plan for other hardware: cpu, cuda:9.0, npu:910b. Default: here."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Activation dtype: bfloat16, float16 or float32. Default: the checkpoint's.")
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", metavar="FILE", help="TOML file that prefers, denies or pins kernels.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Make it an error when a rule and the stored tensors disagree.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="State a quantization field that the file lacks (repeatable)."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def read_settings(settings: Iterable[str] | None) -> dict[str, Json]:
+    """Turn `key=value` texts into values; a value is JSON where it parses as such, else a string."""
+    result: dict[str, Json] = {}
+    for setting in settings or ():
+        key, sign, text = setting.partition("=")
+        if not key or not sign:
+            raise typer.BadParameter(f"{setting!r} is not KEY=VALUE")
+        try:
+            result[key] = json.loads(text)
+        except ValueError:
+            result[key] = text
+    return result
+
+
+def read_policy(file: Path | None) -> Policy | None:
+    """Read the policy file when one is named."""
+    from quantplug.policy import Policy
+
+    return None if file is None else Policy.from_toml(file)

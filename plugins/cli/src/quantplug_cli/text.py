@@ -1,0 +1,48 @@
+"""
+Numbers and verdicts as people read them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantplug.kernel import Rejected
+
+if TYPE_CHECKING:
+    from quantplug.kernel import Verdict
+    from quantplug.plan import Choice, Decision
+
+_STEP = 1000
+
+
+def size(count: float) -> str:
+    """Return bytes as `116 MB` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < _STEP:
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= _STEP
+    return f"{count:.1f} TB"
+
+
+def choices(decision: Decision) -> str:
+    """Return the kernels of a decision: `cpu.int4`, or `a (M <= 15), b (M >= 16)`."""
+    if len(decision.choices) == 1:
+        return decision.choices[0].kernel
+    return ", ".join(f"{choice.kernel} ({rows(choice)})" for choice in decision.choices)
+
+
+def rows(choice: Choice) -> str:
+    """Return the rows a choice serves."""
+    if choice.max_rows is None:
+        return f"M >= {choice.min_rows}" if choice.min_rows else "every M"
+    return f"M <= {choice.max_rows}" if not choice.min_rows else f"M = {choice.min_rows} … {choice.max_rows}"
+
+
+def verdict(answer: Verdict) -> str:
+    """Return a kernel's answer in one line."""
+    if isinstance(answer, Rejected):
+        return f"refused ({answer.code}): {answer.reason}" + (f"; {answer.fix}" if answer.fix else "")
+    parts = [f"accepts, about {answer.cost.at(1):,.0f} us at M = 1 and {answer.cost.at(512):,.0f} us at M = 512"]
+    parts += [f"rounds {cast.what} to {cast.dtype}" for cast in answer.casts]
+    parts += answer.notes
+    return "; ".join(parts)
