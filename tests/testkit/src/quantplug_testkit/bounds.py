@@ -1,0 +1,155 @@
+"""
+How far `y = x W^T + b` may be from the exact result, element by element, before a kernel is wrong.
+
+The exact result is that of the dequantized operands in float64; quantization error plays no part. The bound follows
+from the format, the shapes and what the kernel declares. Nothing in it can be tuned.
+
+Notation: `u(t)` is the unit roundoff of a dtype t, `2^-p` for p significant bits (float32 `2^-24`, float16 `2^-11`,
+bfloat16 `2^-8`), `h(t)` half its smallest subnormal, and `gamma(n) = n u / (1 - n u)` with `u = u(float32)`, the most
+that n roundings in a row can add up to (Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1).
+
+1. What each weight may be off by, `e [N, K]`, from the casts that the kernel declares (none: 0). `code`, `zero`,
+   `scale` are those of the element and `mid = 2^(bits-1)`, or 0 for signed codes:
+
+   - "scales" to t: the stored scale is known, so its rounding error `r = |round(scale) - scale|` is, too:
+     `|code - zero| r`. With "zeros" as well the parts are scaled apart, and the zero's may use the rounded scale or
+     not: `max(|code - zero|, |code - mid|) r`.
+   - "zeros" to t: the value is computed as `(code - mid) * scale + round((mid - zero) * scale)`:
+     `u(t) |mid - zero| (|scale| + r) + h(t)`, and nothing where `zero = mid`.
+   - "weights" to t: the value is rounded, after the above: `u(t) (|value| + e) + h(t)`.
+
+2. Accumulation in float32. Each element takes at most two roundings to dequantize (subtracting integers is exact), one
+   for the product with x, `K - 1` to add up in whatever order, and one to add the bias:
+   `A = gamma(K + 3) (|x| (S + e)^T + |b|)`. Here `S` is the sum of the magnitudes a value is computed from: `|value|`,
+   or `(|code - mid| + |mid - zero|) |scale|` when the kernel declares the cast "zeros".
+
+3. So the sum before it is stored is off by `E = |x| e^T + A + F`. F covers results below float32's normal range, which
+   processors may flush to zero: `2^-126` per operation.
+
+4. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
+   dtype t adds `u(t) (|y| + E) + h(t)`. Where `|y|` plus all this passes the largest finite value, the result may be
+   infinite, and the bound is.
+
+The oracle's own float64 product is off by at most `gamma` with `u = 2^-53`; it is added, and never shows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantplug_testkit.oracles.linear import abs_linear, linear
+from quantplug_testkit.oracles.rounding import LARGEST, SIGNIFICANT_BITS, SMALLEST_SUBNORMAL, round_to
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantplug.kernel import Cast
+    from quantplug_testkit.oracles.canonical import Floats, Segment
+
+CASTS = ("scales", "zeros", "weights", "partials")
+"""What a kernel may declare that it rounds."""
+
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Return the largest relative error of one rounding to nearest, in the normal range of a dtype."""
+    return 2.0 ** -SIGNIFICANT_BITS[dtype]
+
+
+def gamma(roundings: int, roundoff: float) -> float:
+    """Return the largest relative error that so many roundings in a row add up to."""
+    return roundings * roundoff / (1 - roundings * roundoff)
+
+
+def weight_error(segment: Segment, casts: Sequence[Cast]) -> Floats:
+    """
+    Return how far each value a kernel multiplies with may be off because of its casts, `[N, K]`.
+
+    Raises:
+        ValueError: a cast is not one of `CASTS`, or one is declared twice.
+    """
+    to = _by_name(casts)
+    scale = np.abs(segment.scale())
+    residual = np.zeros_like(scale)
+    codes = np.abs(segment.codes - segment.zero()).astype(np.float64)
+    if "scales" in to:
+        residual = np.abs(round_to(scale, to["scales"]) - scale)
+        if "zeros" in to:
+            codes = np.maximum(codes, np.abs(segment.codes - _middle(segment)))
+    error: Floats = codes * residual
+    if "zeros" in to:
+        offset = np.abs(_middle(segment) - segment.zero())
+        held = unit_roundoff(to["zeros"]) * offset * (scale + residual) + SMALLEST_SUBNORMAL[to["zeros"]] / 2
+        error = error + np.where(offset == 0, 0.0, held)
+    if "weights" in to:
+        magnitude = np.abs(segment.values()) + error
+        error = error + unit_roundoff(to["weights"]) * magnitude + SMALLEST_SUBNORMAL[to["weights"]] / 2
+    return error
+
+
+def linear_bound(
+    x: Floats,
+    segments: Sequence[Segment],
+    bias: Floats | None,
+    dtype: str,
+    casts: Sequence[Cast] = (),
+) -> Floats:
+    """
+    Return the largest permitted `|actual - exact|` of each element of y, float64 `[M, N]`.
+
+    Args:
+        x: float64 `[M, K]`, exactly what the kernel was given; finite.
+        segments: the canonical weights, one below the other.
+        bias: float64 `[N]`, exactly what the kernel was given, or None.
+        dtype: torch name of y's dtype.
+        casts: what the kernel declares for this problem.
+    """
+    to = _by_name(casts)
+    values = np.concatenate([segment.values() for segment in segments])
+    off = np.concatenate([weight_error(segment, casts) for segment in segments])
+    summed = np.concatenate([_magnitude(segment, apart="zeros" in to) for segment in segments])
+    in_features = values.shape[1]
+    added = np.zeros(values.shape[0]) if bias is None else np.abs(bias)
+
+    total = abs_linear(x, summed + off) + added
+    roundings = in_features + 3
+    accumulated = (gamma(roundings, unit_roundoff("float32")) + gamma(roundings, 2.0**-53)) * total
+    flushed = _SMALLEST_NORMAL * (np.abs(x).sum(axis=1, keepdims=True) + roundings)
+    error = abs_linear(x, off) + accumulated + flushed
+
+    product = linear(x, values)
+    if "partials" in to:
+        error = error + stored_error(np.abs(product), error, to["partials"])
+    exact = np.abs(linear(x, values, bias))
+    error = error + stored_error(exact, error, dtype)
+    return np.where(exact + error > LARGEST[dtype], np.inf, error)
+
+
+def stored_error(magnitude: Floats, error: Floats, dtype: str) -> Floats:
+    """What one rounding of a number that is itself off by `error` adds."""
+    return unit_roundoff(dtype) * (magnitude + error) + SMALLEST_SUBNORMAL[dtype] / 2
+
+
+def _magnitude(segment: Segment, *, apart: bool) -> Floats:
+    """The sum of magnitudes that each value is computed from, `[N, K]`."""
+    if not apart:
+        return np.abs(segment.values())
+    middle = _middle(segment)
+    parts = np.abs(segment.codes - middle) + np.abs(middle - segment.zero())
+    return parts * np.abs(segment.scale())
+
+
+def _middle(segment: Segment) -> int:
+    return 0 if segment.signed else 1 << (segment.bits - 1)
+
+
+def _by_name(casts: Sequence[Cast]) -> dict[str, str]:
+    to: dict[str, str] = {}
+    for cast in casts:
+        if cast.what not in CASTS or cast.dtype not in SIGNIFICANT_BITS or cast.what in to:
+            raise ValueError(f"cannot derive a bound from {cast}: one cast each of {', '.join(CASTS)} to a float dtype")
+        to[cast.what] = cast.dtype
+    return to

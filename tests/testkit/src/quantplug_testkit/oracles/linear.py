@@ -1,0 +1,27 @@
+"""
+The product `y = x W^T + b` in float64, and the same product of magnitudes, which error bounds are made of.
+
+A worked example, one row of two inputs and one output:
+
+>>> linear(np.array([[1.0, 2.0]]), np.array([[3.0, -4.0]]), np.array([0.5])).tolist()
+[[-4.5]]
+>>> abs_linear(np.array([[1.0, 2.0]]), np.array([[3.0, -4.0]])).tolist()
+[[11.0]]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantplug_testkit.oracles.canonical import Floats
+
+
+def linear(x: Floats, values: Floats, bias: Floats | None = None) -> Floats:
+    """Return `[M, N]` for x `[M, K]`, values `[N, K]` and bias `[N]`, all float64 and finite."""
+    product = x @ values.T
+    return product if bias is None else product + bias
+
+
+def abs_linear(x: Floats, values: Floats) -> Floats:
+    """Return `|x| |W|^T`, `[M, N]`: what every rounding error of the product is in proportion to."""
+    return np.abs(x) @ np.abs(values).T
