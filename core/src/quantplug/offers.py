@@ -46,6 +46,16 @@ class Offer:
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
 
 
+class _Manager(pluggy.PluginManager):
+    """A manager that does not look at what cannot be a hook; that halves the time it takes to register a plugin."""
+
+    def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
+        return super().parse_hookspec_opts(module_or_class, name) if name in _CHECKS else None
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
+
 def register(plugin: object, name: str) -> pluggy.PluginManager:
     """
     Return a manager that holds this plugin only.
@@ -55,7 +65,7 @@ def register(plugin: object, name: str) -> pluggy.PluginManager:
             does not have, or has something of a hook's name that is not marked as its implementation.
 
     """
-    manager = pluggy.PluginManager(hooks.hookspec.project_name)
+    manager = _Manager(hooks.hookspec.project_name)
     manager.add_hookspecs(hooks)
     for attribute in dir(plugin):
         options = manager.parse_hookimpl_opts(plugin, attribute)

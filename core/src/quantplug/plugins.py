@@ -18,6 +18,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
 from quantplug.allowlist import AllowList
 from quantplug.assembly import Loaded, assemble
 from quantplug.distributions import find_distributions, normalise
@@ -218,8 +220,6 @@ def _declared_api(source: Path) -> str:
 
 @cache
 def _api_problem(text: str) -> str:
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
     try:
         fits = bool(text.strip()) and SpecifierSet(text).contains(API_VERSION)
     except InvalidSpecifier:

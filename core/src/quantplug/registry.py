@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantplug.scheme import LinearScheme
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 Stage = Literal["metadata", "api", "import", "hooks", "call"]
 
@@ -91,10 +92,10 @@ class Disabled:
 
 
 @dataclass(frozen=True, slots=True)
-class Provided(Generic[T]):
+class Provided(Generic[T_co]):
     """Something a plugin provides, and the distribution it came from."""
 
-    item: T
+    item: T_co
     plugin: str
 
 
