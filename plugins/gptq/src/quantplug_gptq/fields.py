@@ -1,26 +1,30 @@
 """
-The fields that say how a GPTQ layer is stored, read strictly: a bool is not an int here, and "4" is not 4.
+The fields that say how a GPTQ layer is stored, in a configuration or in the parameters of a scheme.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantplug.errors import ConfigError
+from quantplug.jsonio import get_bool, get_int, get_str
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from quantplug.jsonio import Json
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
 """Values of `checkpoint_format`: zero points stored less one, and as they are."""
-LARGEST_GROUP = 1 << 20
+_LARGEST_GROUP = 1 << 20
 
-_REFUSED = {
+_OTHER_LAYOUTS = {
     "marlin": "its tensors may be laid out for one GPU kernel already, and the name does not tell which way",
+    "marlin_24": "its weights are 2:4 sparse and laid out for one GPU kernel",
     "gptq_p": "it splits codes into bit planes, which this reader does not join",
     "bitblas": "its tensors are laid out for one GPU kernel",
-    "marlin_24": "its weights are 2:4 sparse and laid out for one GPU kernel",
     "qqq": "its activations are quantized, too",
     "gemm": "that is a layout of AWQ",
     "gemv": "that is a layout of AWQ",
@@ -28,76 +32,81 @@ _REFUSED = {
 }
 
 
-def read_bits(value: Json, where: str) -> int:
+@dataclass(frozen=True, slots=True)
+class Storage:
     """
-    Return `bits`.
+    What a layer's own fields say, and what `dynamic` may override for a layer.
+
+    Attributes:
+        bits: width of one code.
+        group_size: inputs per group, -1 for all.
+        sym: whether every zero point is the middle one.
+        desc_act: whether inputs were reordered.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool = True
+    desc_act: bool = False
+
+
+def read_storage(fields: Mapping[str, Json], origin: Callable[[str], str], base: Storage | None = None) -> Storage:
+    """
+    Read the four fields.
+
+    Args:
+        fields: the object that holds them.
+        origin: where a key stands, for messages.
+        base: values of absent keys; without it bits and group_size are mandatory.
 
     Raises:
-        ConfigError: `QP-CFG-FIELD`.
+        ConfigError: `QP-CFG-FIELD`; a bool is not an int here, and "4" is not 4.
     """
-    if type(value) is not int or value not in BITS:
-        raise _wrong(value, where, "2, 3, 4 or 8")
-    return value
+    size = get_int(
+        fields, "group_size", origin("group_size"), default=base and base.group_size, minimum=-1, maximum=_LARGEST_GROUP
+    )
+    if size == 0:
+        raise ConfigError(
+            "QP-CFG-FIELD",
+            origin("group_size"),
+            "group_size is the integer 0",
+            expected=f"-1 (one group over all inputs) or 1 to {_LARGEST_GROUP}",
+        )
+    return Storage(
+        bits=get_int(fields, "bits", origin("bits"), default=base and base.bits, choices=BITS),
+        group_size=size,
+        sym=get_bool(fields, "sym", origin("sym"), default=base.sym if base else True),
+        desc_act=get_bool(fields, "desc_act", origin("desc_act"), default=bool(base and base.desc_act)),
+    )
 
 
-def read_group_size(value: Json, where: str) -> int:
+def checkpoint_format(fields: Mapping[str, Json], key: str, origin: str) -> str:
     """
-    Return `group_size`; -1 is one group over all inputs.
-
-    Raises:
-        ConfigError: `QP-CFG-FIELD`.
-    """
-    if type(value) is not int or not (value == -1 or 1 <= value <= LARGEST_GROUP):
-        raise _wrong(value, where, f"-1 (one group over all inputs) or 1 to {LARGEST_GROUP}")
-    return value
-
-
-def read_flag(value: Json, where: str) -> bool:
-    """
-    Return a field that is true or false.
-
-    Raises:
-        ConfigError: `QP-CFG-FIELD`.
-    """
-    if not isinstance(value, bool):
-        raise _wrong(value, where, "true or false")
-    return value
-
-
-def read_format(value: Json, where: str) -> str:
-    """
-    Return `checkpoint_format`, one of `V1` and `V2`.
+    Return one of `V1` (also when the key is absent) and `V2`.
 
     Raises:
         ConfigError: `QP-CFG-FIELD`, `QP-CFG-REFUSED` for a known layout that is not read, `QP-CFG-UNKNOWN` for others.
     """
-    if not isinstance(value, str):
-        raise _wrong(value, where, f"{V1!r} or {V2!r}")
+    value = get_str(fields, key, origin, default=V1)
     if value in (V1, V2):
         return value
-    if value in _REFUSED:
-        raise refused(where, value)
+    if value in _OTHER_LAYOUTS:
+        raise refused_layout(value, origin)
     raise ConfigError(
-        "QP-CFG-UNKNOWN", where, f"{value!r} is not a known layout", expected=f"{V1!r} or {V2!r}", fix=_ASK_FOR_GPTQ
+        "QP-CFG-UNKNOWN", origin, f"{key} {value!r} is not a known layout", expected=_READ, fix=_ASK_FOR_GPTQ
     )
 
 
-def refused(where: str, layout: str) -> ConfigError:
+def refused_layout(layout: str, origin: str) -> ConfigError:
     """Return the error for a layout that is recognised and not read."""
     return ConfigError(
         "QP-CFG-REFUSED",
-        where,
-        f"{layout!r} is not read: {_REFUSED[layout]}",
-        expected=f"{V1!r} or {V2!r}",
+        origin,
+        f"the layout {layout!r} is not read: {_OTHER_LAYOUTS[layout]}",
+        expected=_READ,
         fix=_ASK_FOR_GPTQ,
     )
 
 
-_ASK_FOR_GPTQ = "Use a copy of the model in plain GPTQ form, or convert the dense model with `quantplug convert`."
-
-
-def _wrong(value: Json, where: str, expected: str) -> ConfigError:
-    shown = repr(value)
-    return ConfigError(
-        "QP-CFG-FIELD", where, f"is {shown if len(shown) <= 60 else shown[:57] + '...'}", expected=expected
-    )
+_READ = f"{V1!r} or {V2!r}"
+_ASK_FOR_GPTQ = "Use a copy of the model in plain GPTQ form, or convert the dense model (quantplug convert)."

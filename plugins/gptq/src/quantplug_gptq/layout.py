@@ -39,7 +39,7 @@ def unpack_rows(words: torch.Tensor, bits: int, *, subtract: int = 0) -> torch.T
     step = max(1, _PIECE_WORDS // max(1, period_words * columns))
     scratch = torch.empty(min(step, periods), columns, dtype=torch.int32)
     spread = _spread_three if bits == 3 else _spread
-    for start in range(0, periods, step):
+    for start in range(0, periods if columns else 0, step):
         piece = codes[start : start + step]
         spread(words[start : start + step], bits, piece, scratch[: piece.shape[0]])
         if subtract:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from quantplug.errors import CheckpointError, ConfigError, ConvertError
+from quantplug.jsonio import get_str
 from quantplug.scheme import LinearScheme
 from quantplug.spec import ElementType, Granularity, LinearShape, ParamSpec, PerChannel, PerGroup, WeightSpec
-from quantplug_gptq.fields import BITS, V1, V2, read_bits, read_flag, read_format, read_group_size
+from quantplug_gptq.fields import BITS, V1, V2, checkpoint_format, read_storage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,18 +63,16 @@ class GPTQScheme(LinearScheme):
             raise ConfigError(
                 "QP-CFG-UNKNOWN", f"{where}: {unknown[0]}", "is no parameter of gptq", expected=" or ".join(_KEYS)
             )
-        offset = params.get("zeros_offset", "field")
-        if offset not in ("field", "word"):
-            raise ConfigError("QP-CFG-FIELD", f"{where}: zeros_offset", f"is {offset!r}", expected="'field' or 'word'")
-        bits = read_bits(params.get("bits"), f"{where}: bits")
-        v1 = read_format(params.get("checkpoint_format", V1), f"{where}: checkpoint_format") == V1
+        storage = read_storage(params, lambda key: f"{where}: {key}")
+        v1 = checkpoint_format(params, "checkpoint_format", f"{where}: checkpoint_format") == V1
+        offset = get_str(params, "zeros_offset", f"{where}: zeros_offset", default="field", choices=("field", "word"))
         return cls(
-            bits=bits,
-            group_size=read_group_size(params.get("group_size"), f"{where}: group_size"),
-            sym=read_flag(params.get("sym", True), f"{where}: sym"),
-            desc_act=read_flag(params.get("desc_act", False), f"{where}: desc_act"),
+            bits=storage.bits,
+            group_size=storage.group_size,
+            sym=storage.sym,
+            desc_act=storage.desc_act,
             checkpoint_format=V1 if v1 else V2,
-            zeros_offset="word" if offset == "word" and v1 and bits != 3 else "field",
+            zeros_offset="word" if offset == "word" and v1 and storage.bits != 3 else "field",
         )
 
     def describe(self) -> str:
