@@ -47,7 +47,7 @@ def test_a_plan_names_rule_scheme_kernel_and_tensors_of_every_layer(tmp_path: Pa
     assert result.layer("lm_head").rule == "tied to model.embed_tokens: stored once, not quantized"
     assert result.layer("model.embed_tokens").kind == "embedding"
     assert result.warnings == ()
-    assert ("toys", "") not in result.plugins
+    assert result.plugins == (("toys", ""),)
 
 
 def test_equal_problems_share_one_decision(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_plan_survives_json_unchanged_and_its_hash_covers_the_choices_only(tmp
     directory = toy_checkpoint(tmp_path)
     result = make(directory)
     assert Plan.from_json(result.to_json()) == result
-    assert hash(result.hash) == hash(make(directory).hash)
+    assert make(directory).hash == result.hash
     assert make(directory, dtype="float32").hash != result.hash
     on_gpu = plan(directory, platform="cuda:9.0", registry=toy_registry())
     assert on_gpu.hash != result.hash
@@ -74,7 +74,7 @@ def test_a_plan_survives_json_unchanged_and_its_hash_covers_the_choices_only(tmp
         (lambda p: p.pop("layers"), "fields missing or unknown: ['layers']"),
         (lambda p: p.update(extra=1), "fields missing or unknown: ['extra']"),
         (lambda p: p.update(dtype=3), "plan.dtype: 3; expected str"),
-        (lambda p: p["layers"].append(3), "plan.layers[12]: 3; expected an object"),
+        (lambda p: p["layers"].append(3), "plan.layers[13]: 3; expected an object"),
         (lambda p: p["layers"][0].update({"is": "os.system"}), "is 'os.system'"),
         (lambda p: p["decisions"][0].update(basis="guessed"), "'guessed'"),
     ],
@@ -170,8 +170,20 @@ def test_an_activation_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
         make(toy_checkpoint(tmp_path), dtype="int4")
 
 
-def test_a_stored_copy_of_a_tied_head_is_left_by_name(tmp_path: Path) -> None:
+def test_tensors_that_nobody_consumes_are_left_by_a_named_rule_or_not_at_all(tmp_path: Path) -> None:
+    """A model that has no module for them says which modules it has; a bare checkpoint claims everything as it is."""
     tensors = toy_tensors()
-    tensors["rope.rotary_emb.inv_freq"] = torch.ones(4)
-    result = make(write_checkpoint(tmp_path, tensors, TOY))
-    assert [(left.reason, left.names) for left in result.left] == [] or all(left.names for left in result.left)
+    modules = tuple(ModuleInfo(layer.path, layer.kind) for layer in make(toy_checkpoint(tmp_path / "a")).layers)  # type: ignore[arg-type]
+    tied = tuple(
+        ModuleInfo(m.path, m.kind, tied_to="model.embed_tokens") if m.path == "lm_head" else m for m in modules
+    )
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    directory = write_checkpoint(tmp_path / "b", tensors, {**TOY, "keep": ["lm_head"]})
+    without_head = Inventory(tuple(m for m in tied if m.path != "lm_head"))
+    with pytest.raises(CheckpointError, match=r"claimed by no module: lm_head\.weight"):
+        make(directory, inventory=without_head)
+    left = make(directory, inventory=Inventory(tied)).left
+    assert [(item.reason, item.names) for item in left] == [
+        ("derived buffer: computed from the configuration", ("model.layers.0.self_attn.rotary_emb.inv_freq",))
+    ]

@@ -132,7 +132,8 @@ def merge(sections: Sequence[Section], dialect: str) -> Merged:
     Raises:
         ConfigError: `QP-CFG-CONTRADICTION` with both values and places.
     """
-    merged, known = Merged(), dict[str, tuple[Json, Section]]()
+    merged = Merged()
+    known: dict[str, tuple[Json, Section]] = {}
     leading = sections[0]
     for section in sections:
         joins = section is leading or (leading.path == MAIN_SECTION and dialect in section.owners)

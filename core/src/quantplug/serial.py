@@ -11,8 +11,22 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from quantplug import config, kernel, plan, platform, skip, spec
+from quantplug.config import Field
 from quantplug.errors import PlanError
+from quantplug.kernel import Accepted, Cast, Cost, Rejected
+from quantplug.plan import PLAN_VERSION, Candidate, Choice, Decision, LayerPlan, LeftTensors, Plan, Segment
+from quantplug.platform import Platform
+from quantplug.skip import Entry, EntryUse, SchemeRef
+from quantplug.spec import (
+    ActivationSpec,
+    LinearProblem,
+    LinearShape,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    SegmentSpec,
+    WeightSpec,
+)
 
 if TYPE_CHECKING:
     from quantplug.jsonio import Json
@@ -21,11 +35,9 @@ _TAG = "is"
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        plan.Plan, plan.LayerPlan, plan.Segment, plan.Decision, plan.Choice, plan.Candidate, plan.LeftTensors,
-        platform.Platform, config.Field, skip.EntryUse, skip.Entry, skip.SchemeRef,
-        kernel.Accepted, kernel.Rejected, kernel.Cost, kernel.Cast,
-        spec.LinearProblem, spec.LinearShape, spec.SegmentSpec, spec.WeightSpec, spec.ActivationSpec,
-        spec.PerTensor, spec.PerChannel, spec.PerGroup,
+        Plan, LayerPlan, Segment, Decision, Choice, Candidate, LeftTensors, Platform, Field, EntryUse, Entry, SchemeRef,
+        Accepted, Rejected, Cost, Cast, LinearProblem, LinearShape, SegmentSpec, WeightSpec, ActivationSpec,
+        PerTensor, PerChannel, PerGroup,
     )
 }  # fmt: skip
 
@@ -59,16 +71,16 @@ def plain(value: object) -> Json:
     return to_json(value)
 
 
-def from_json(value: Json, where: str) -> plan.Plan:
+def from_json(value: Json, where: str) -> Plan:
     """
     Return the plan that `to_json` wrote.
 
     Raises:
         PlanError: `QP-PLAN-JSON` naming the place, when anything is missing, extra or of the wrong type.
     """
-    if isinstance(value, dict) and value.get("version") != plan.PLAN_VERSION:
-        raise _malformed(where, f"version {value.get('version')!r}", f"version {plan.PLAN_VERSION}")
-    return typing.cast("plan.Plan", _read(value, plan.Plan, where))
+    if isinstance(value, dict) and value.get("version") != PLAN_VERSION:
+        raise _malformed(where, f"version {value.get('version')!r}", f"version {PLAN_VERSION}")
+    return typing.cast("Plan", _read(value, Plan, where))
 
 
 @cache
