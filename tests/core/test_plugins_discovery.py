@@ -10,7 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantplug.errors import PluginError
@@ -133,11 +133,36 @@ def test_what_pip_is_about_to_remove_is_not_there(site):
     assert discover([str(site.directory)], environ={}).plugins == ()
 
 
-@pytest.mark.parametrize("entry", ["missing", "file"])
-def test_a_path_entry_that_is_no_directory_is_skipped(site, entry):
+def test_a_path_entry_that_is_no_directory_is_skipped(site):
     site.install("quantplug-good")
     (site.directory / "file").touch()
-    assert len(discover([str(site.directory / entry), str(site.directory)], environ={}).plugins) == 1
+    (site.directory / "loop").symlink_to(site.directory / "loop")
+    odd = [str(site.directory / name) for name in ("missing", "file", "loop")]
+    assert len(discover([*odd, None, site.directory, str(site.directory)], environ={}).plugins) == 1
+
+
+def test_an_empty_path_entry_is_the_working_directory(site, monkeypatch):
+    site.install("quantplug-good")
+    monkeypatch.chdir(site.directory)
+    assert [p.location for p in discover([""], environ={}).plugins] == [str(site.directory)]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200) | st.text("\n =[].:#a", max_size=60).map(str.encode))
+def test_no_content_of_metadata_files_breaks_discovery(site, content):
+    """Whatever bytes a neighbour's files hold, the others are found, and it is either fine or a failure."""
+    if not (site.directory / "quantplug_bad").exists():
+        site.install("quantplug-good")
+        site.install("quantplug-bad")
+    info = site.directory / "quantplug_bad-1.0.dist-info"
+    (info / "entry_points.txt").write_bytes(b"[quantplug.plugins]\nx = quantplug_bad.plugin\n" + content)
+    first = discover([str(site.directory)], environ={})
+    (info / "entry_points.txt").write_bytes(b"[quantplug.plugins]\nx = quantplug_bad.plugin\n")
+    (info / "METADATA").write_bytes(content + b"\nName: quantplug-bad\nVersion: 1.0\n")
+    second = discover([str(site.directory)], environ={})
+    for found in (first, second):
+        assert "quantplug-good" in {plugin.distribution for plugin in found.plugins}
+        assert found.failures or len(found.plugins) == 2
 
 
 def test_claims_on_one_name_are_a_conflict_that_names_both(site):

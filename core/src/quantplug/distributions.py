@@ -124,9 +124,10 @@ def _unreadable(file: Path, what: str) -> PluginError:
 def _scan(path: Sequence[str]) -> dict[str, list[_Found]]:
     """Return the metadata directories on `path` by normalised name, the one that counts first."""
     result: dict[str, list[_Found]] = {}
-    for directory in dict.fromkeys(Path(entry or ".").resolve() for entry in path):
+    # Python imports from entries that are text only, whatever else a program may have put on the path.
+    for directory in dict.fromkeys(os.path.realpath(entry) for entry in path if isinstance(entry, str)):
         here: dict[str, list[_Found]] = {}
-        for found in _list(directory):
+        for found in _list(Path(directory)):
             here.setdefault(found.key, []).append(found)
         for key, several in here.items():
             # Two versions in one directory are left by an interrupted upgrade; the code there is the newer one's.

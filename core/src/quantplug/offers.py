@@ -98,7 +98,7 @@ def collect(manager: pluggy.PluginManager, plugin: object) -> Offer | Fault:
     )
 
 
-def _check_signature(function: object, attribute: str, hook: str, options: Mapping[str, Any]) -> None:
+def _check_signature(function: Any, attribute: str, hook: str, options: Mapping[str, Any]) -> None:
     if hook not in _CHECKS:
         if options["optionalhook"]:
             return
@@ -113,7 +113,7 @@ def _check_signature(function: object, attribute: str, hook: str, options: Mappi
             fix=f"Did you mean {close[0]!r}?" if close else "",
         )
     known = inspect.signature(getattr(hooks, hook)).parameters
-    signature = inspect.signature(function)  # type: ignore[arg-type]  # pluggy marks functions only
+    signature = inspect.signature(function)
     extra = [
         parameter.name
         for parameter in signature.parameters.values()
