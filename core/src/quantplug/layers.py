@@ -79,13 +79,13 @@ class LayerPlanner:
         Raises:
             ConfigError, CheckpointError, PlanError: when rules, tensors and kernels do not come together.
         """
-        if module.tied_to and not any(name in self._stored.paths for name in module.shards or (module.name,)):
-            return LayerPlan(module.path, module.kind, rule=f"tied to {module.tied_to}: stored once, not quantized")
+        names = [name for name in module.shards or (module.name,) if name in self._stored.paths]
+        if module.tied_to and not names:
+            return self._tied(module)
         if module.kind != "linear":
             return self._dense(module, "not a linear layer" if module.kind == "other" else "embeddings stay whole")
         ruling = self._matcher.decide(module, self._stored.paths)
         self._warnings.update(dict.fromkeys(ruling.warnings))
-        names = [name for name in module.shards or (module.name,) if name in self._stored.paths]
         if not names:
             raise self._missing(module)
         settled = {name: self._settle(module, name, ruling) for name in names}
@@ -101,7 +101,7 @@ class LayerPlanner:
         rule = self._words(ruling)
         notes = [note for _, note in settled.values() if note]
         if None in uses:
-            return self._dense(module, rule, *notes)
+            return self._tied(module) if module.tied_to else self._dense(module, rule, *notes)
         return self._quantized(module, [(name, use) for name, (use, _) in settled.items() if use], rule, notes)
 
     def _settle(self, module: ModuleInfo, name: str, ruling: Ruling) -> tuple[SchemeRef | None, str]:
@@ -258,6 +258,10 @@ class LayerPlanner:
             for segment in problem.segments
         )
         return bits // 8 + shared + extra
+
+    def _tied(self, module: ModuleInfo) -> LayerPlan:
+        """Plan a module whose weight is another's; a dense copy of it in the file is left as stale."""
+        return LayerPlan(module.path, module.kind, rule=f"tied to {module.tied_to}: stored once, not quantized")
 
     def _dense(self, module: ModuleInfo, rule: str, *notes: str) -> LayerPlan:
         headers = [header for name in module.shards or (module.name,) for header in self._stored.tensors(name).values()]
