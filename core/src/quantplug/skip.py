@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from quantplug.jsonio import Json
 
 
+MAX_REPORTED = 20
+"""Unused entries that a report describes one by one."""
+
+
 class EntryKind(StrEnum):
     """How an entry's text is compared with a module's checkpoint path."""
 
@@ -107,11 +111,21 @@ class Ruling:
 
 @dataclass(frozen=True, slots=True)
 class EntryUse:
-    """How many modules an entry matched and how many it decided."""
+    """
+    What one entry did.
+
+    Attributes:
+        entry: the entry.
+        matched: how many modules it matched, by their own name or by a shard's.
+        decided: how many of them it decided.
+        nearest: module names like it, when it matched none (found for the first few such entries only).
+
+    """
 
     entry: Entry
     matched: int
     decided: int
+    nearest: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,4 +137,19 @@ class RuleReport:
     @property
     def unused(self) -> tuple[Entry, ...]:
         """Entries of the file (not implied ones) that matched no module."""
-        return tuple(use.entry for use in self.uses if use.matched == 0 and not use.entry.implied)
+        return tuple(use.entry for use in self._unused())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence for each of the first unused entries, with the nearest module names, and one for the rest."""
+        unused = self._unused()
+        said = [
+            f"{use.entry.text!r} ({use.entry.origin}) matches no module"
+            + (f"; the nearest names are {', '.join(use.nearest)}" if use.nearest else "")
+            for use in unused[:MAX_REPORTED]
+        ]
+        more = len(unused) - len(said)
+        return (*said, f"{more:,} more entries match no module") if more else tuple(said)
+
+    def _unused(self) -> list[EntryUse]:
+        return [use for use in self.uses if use.matched == 0 and not use.entry.implied]
