@@ -52,4 +52,4 @@ def load(
     chosen = registry.host(host).item
     directory = resolve_source(source)
     planned = make_plan(directory, dtype=dtype, policy=policy, override=override, strict=strict, registry=registry)
-    return chosen.load(planned, directory, progress=progress)
+    return chosen.load(planned, directory, progress=progress, registry=registry)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -81,7 +81,7 @@ class QuantConfig:
         rules: ordered; the first match decides.
         fields: what was read and from where.
         notes: what a reader should know.
-
+        section: the whole description as the files and the caller spell it, to be written beside saved weights.
     """
 
     dialect: str
@@ -89,6 +89,7 @@ class QuantConfig:
     rules: tuple[Rule, ...] = ()
     fields: tuple[Field, ...] = ()
     notes: tuple[str, ...] = ()
+    section: Mapping[str, Json] = field(default_factory=dict, compare=False)
 
 
 DENSE = QuantConfig(dialect="", default=None)
@@ -278,6 +279,6 @@ def _parse(provided: Provided[Dialect], raw: RawConfig, notes: Sequence[str]) ->
             fix="Report this to the makers of the plugin.",
         )
     fields = answer.fields
-    if all(field.name != METHOD for field in fields):
+    if all(known.name != METHOD for known in fields):
         fields = (Field(METHOD, raw.fields[METHOD], raw.origin(METHOD)), *fields)
-    return replace(answer, dialect=dialect.name, fields=fields, notes=(*notes, *answer.notes))
+    return replace(answer, dialect=dialect.name, fields=fields, notes=(*notes, *answer.notes), section=raw.fields)

@@ -83,7 +83,10 @@ _CODES: dict[str, str] = {
     "QP-CONV-CALIBRATION": "the calibration text is missing, too short or the model cannot be run",
     # hosts
     "QP-HOST-VERSION": "a framework is missing or older than the adapter needs",
-    "QP-HOST-INPUT": "a request to a running model is malformed",
+    "QP-HOST-INPUT": "a request to a framework or to a running model is malformed",
+    "QP-HOST-MODEL": "a framework does not know a model, or cannot build it",
+    "QP-HOST-TOKENIZER": "a checkpoint has no tokenizer that the framework can read",
+    "QP-HOST-DEVICE": "a model is to be spread over devices in a way that cannot be served",
 }
 
 CODES: Mapping[str, str] = MappingProxyType(_CODES)

@@ -71,6 +71,7 @@ class StoredModules:
         claimed = {name for layer in layers for name in layer.tensors}
         claimed |= {name for layer in layers for segment in layer.segments for _, name in segment.tensors}
         tied = {module.name: module.tied_to for module in inventory if module.tied_to}
+        unused = frozenset(inventory.unused)
         left: dict[str, list[str]] = {}
         extra: list[str] = []
         for name in self._checkpoint.tensors:
@@ -79,6 +80,8 @@ class StoredModules:
             owner = tied.get(name.rpartition(".")[0])
             if owner:
                 left.setdefault(f"stale copy: tied to {owner}", []).append(name)
+            elif name in unused:
+                left.setdefault("not run by the model class", []).append(name)
             elif name.endswith(_DERIVED_SUFFIXES):
                 left.setdefault("derived buffer: computed from the configuration", []).append(name)
             else:

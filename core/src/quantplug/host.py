@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from quantplug.load import Progress
     from quantplug.plan import Plan
+    from quantplug.registry import Registry
 
 
 class RunningModel(ABC):
@@ -70,8 +71,18 @@ class Host(ABC):
     """Unique among installed plugins: "transformers"."""
 
     @abstractmethod
-    def load(self, plan: Plan, source: Path, *, progress: Progress | None = None) -> RunningModel:
-        """Load the checkpoint at `source` by `plan` and return it ready to run."""
+    def load(
+        self, plan: Plan, source: Path, *, progress: Progress | None = None, registry: Registry | None = None
+    ) -> RunningModel:
+        """
+        Load a checkpoint and return it ready to run.
+
+        Args:
+            plan: made for it, on the machine at hand.
+            source: its directory.
+            progress: told how far loading is.
+            registry: the plugins the plan was made with; None takes the installed ones.
+        """
 
     @abstractmethod
     def calibrate(self, source: Path, text: str, *, tokens: int, window: int) -> Iterator[CalibrationBlock]:

@@ -62,9 +62,16 @@ class ModuleInfo:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """All modules of one model that own tensors, in model order."""
+    """
+    All modules of one model that own tensors, in model order.
+
+    Attributes:
+        modules: the modules.
+        unused: stored tensors that the engine leaves out on purpose (a draft head it does not run).
+    """
 
     modules: tuple[ModuleInfo, ...]
+    unused: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[ModuleInfo]:
         return iter(self.modules)

@@ -76,6 +76,7 @@ def load_layers(
     *,
     device: torch.device | str = "cpu",
     devices: Mapping[str, torch.device | str] | None = None,
+    modules: Mapping[str, QuantizedLinear] | None = None,
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> LoadedLayers:
@@ -89,6 +90,8 @@ def load_layers(
         source: checkpoint directory or repository id.
         device: where the layers will run.
         devices: where single layers will run instead, by module path.
+        modules: layers to fill, by module path, made from the same plan and already in their place in a model; None
+            makes new ones.
         progress: told the file bytes done.
         registry: the plugins the plan was made with; None takes the installed ones.
 
@@ -104,13 +107,13 @@ def load_layers(
     quantized = [layer for layer in plan.layers if layer.quantized]
     total = sum(layer.file_bytes for layer in quantized)
     ledger, schemes = Ledger(), SchemeCache(registry)
-    modules: dict[str, QuantizedLinear] = {}
+    filled: dict[str, QuantizedLinear] = {}
     kernels: dict[str, int] = {}
     done = 0
     read_seconds = install_seconds = 0.0
     with TensorReader(checkpoint) as reader:
         for layer in quantized:
-            module = QuantizedLinear(layer, plan, registry, schemes)
+            module = modules[layer.path] if modules is not None else QuantizedLinear(layer, plan, registry, schemes)
             started = time.perf_counter()
             stored, biases, sources = _read(layer, checkpoint, reader, ledger)
             read = time.perf_counter()
@@ -118,13 +121,13 @@ def load_layers(
             module.install(stored, biases, device=where, sources=sources)
             install_seconds += time.perf_counter() - read
             read_seconds += read - started
-            modules[layer.path] = module
+            filled[layer.path] = module
             kernel = plan.decisions[layer.decision or 0].kernel
             kernels[kernel] = kernels.get(kernel, 0) + 1
             done += layer.file_bytes
             tell(progress, "load", done, total)
-    prepared = sum(buffer.nbytes for module in modules.values() for buffer in module.buffers())
-    return LoadedLayers(modules, LoadReport(total, read_seconds, install_seconds, prepared, kernels))
+    prepared = sum(buffer.nbytes for module in filled.values() for buffer in module.buffers())
+    return LoadedLayers(filled, LoadReport(total, read_seconds, install_seconds, prepared, kernels))
 
 
 def refuse_unusable_kernels(plan: Plan, registry: Registry) -> None:

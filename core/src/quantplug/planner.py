@@ -37,6 +37,7 @@ def plan(
     source: str | Path,
     *,
     platform: Platform | str | None = None,
+    probe: bool | None = None,
     dtype: str | None = None,
     policy: Policy | None = None,
     override: Mapping[str, Json] | None = None,
@@ -49,7 +50,8 @@ def plan(
 
     Args:
         source: checkpoint directory, or a Hugging Face repository id.
-        platform: what to plan for ("cuda:9.0"); None is the machine at hand, whose kernels are then probed, too.
+        platform: what to plan for ("cuda:9.0"); None is the machine at hand.
+        probe: whether kernels try themselves out on this very machine; None does so when `platform` is None.
         dtype: torch name of the activation dtype; None takes the one config.json names, else bfloat16.
         policy: wishes about kernels; None reads the file that `QUANTPLUG_POLICY` names, if any.
         override: quantization fields the caller states; they may add to the file, never contradict it.
@@ -68,11 +70,13 @@ def plan(
     if inventory is None:
         inventory = inventory_of(checkpoint, model_config, registry, config)
     probes: Mapping[str, Rejected | None] = {}
+    probe = platform is None if probe is None else probe
     if platform is None:
         platform = detect(registry)
-        probes = probe_kernels(registry, platform)
     elif isinstance(platform, str):
         platform = Platform.parse(platform)
+    if probe:
+        probes = probe_kernels(registry, platform)
     stored = StoredModules(checkpoint)
     matcher = Matcher(config.rules, config.default)
     layers = LayerPlanner(

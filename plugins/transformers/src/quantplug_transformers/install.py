@@ -1,0 +1,100 @@
+"""
+Putting planned layers into a model: placeholders before its dense tensors are loaded, weights afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantplug.load import LoadReport, load_layers
+from quantplug.modules import QuantizedLinear
+from quantplug.schemes import SchemeCache
+from quantplug_transformers.moves import guard_moves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from quantplug.plan import Plan
+    from quantplug_transformers.request import Request
+
+
+class Installation:
+    """One model on its way from a skeleton on the meta device to one that runs."""
+
+    def __init__(self, model: PreTrainedModel, request: Request) -> None:
+        self._model = model
+        self._request = request
+        self._placeholders: dict[str, QuantizedLinear] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._ignored = model._keys_to_ignore_on_load_unexpected
+
+    def place(self) -> None:
+        """Replace the planned layers by ones without parameters, untie them, and say which tensors are theirs."""
+        model, request = self._model, self._request
+        schemes = SchemeCache(request.registry)
+        for layer in request.plan.layers:
+            if layer.quantized:
+                module = QuantizedLinear(layer, request.plan, request.registry, schemes)
+                self._placeholders[layer.path] = module
+                model.set_submodule(layer.path, module)
+        for target in list(model.all_tied_weights_keys):
+            if target.rpartition(".")[0] in self._placeholders:
+                del model.all_tied_weights_keys[target]
+                untie(model.config)
+        # Transformers before 5.4 keeps a list here, later a set.
+        kind = set if isinstance(self._ignored, set) else list
+        model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *_patterns(request.plan)])
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def fill(self, device_of: Callable[[str], torch.device]) -> None:
+        """
+        Load the quantized layers and finish the model.
+
+        Args:
+            device_of: who says where a layer runs.
+
+        Raises:
+            QuantplugError: as `load_layers` does; the model is of no use then.
+        """
+        model, request = self._model, self._request
+        model._keys_to_ignore_on_load_unexpected = self._ignored
+        loaded = load_layers(
+            request.plan,
+            request.directory,
+            devices={path: device_of(path) for path in self._placeholders},
+            modules=self._placeholders,
+            progress=request.progress,
+            registry=request.registry,
+        )
+        for name, parameter in model.named_parameters():
+            # Some versions keep the stored dtype of tensors in a checkpoint that is quantized.
+            parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
+            parameter.requires_grad_(False)
+        guard_moves(model)
+        attach(model, request.plan, loaded.report)
+
+
+def attach(model: PreTrainedModel, plan: Plan, report: LoadReport) -> None:
+    """Leave the plan and the account of the load on the model, as `quantplug_plan` and `quantplug_report`."""
+    setattr(model, "quantplug_plan", plan)  # noqa: B010  # a PreTrainedModel declares no such attribute
+    setattr(model, "quantplug_report", report)  # noqa: B010
+
+
+def untie(config: object) -> None:
+    """Note in a model's configuration that its head has weights of its own."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():  # type: ignore[attr-defined]
+        part.tie_word_embeddings = False
+
+
+def _patterns(plan: Plan) -> list[str]:
+    """Return expressions for the tensors that Transformers is to pass over: the account of them is the core's."""
+    names = [name for left in plan.left for name in left.names]
+    suffixes = {suffix for layer in plan.layers for segment in layer.segments for suffix, _ in segment.tensors}
+    suffixes |= {name.rpartition(".")[2] for layer in plan.layers if layer.quantized for name in layer.tensors}
+    endings = [rf"\.(?:{'|'.join(map(re.escape, sorted(suffixes)))})$"] if suffixes else []
+    return endings + [rf"^{re.escape(name)}$" for name in names]

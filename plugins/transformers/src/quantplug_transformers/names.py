@@ -1,0 +1,109 @@
+"""
+Which stored tensor belongs to which parameter of a model, by Transformers' own renaming rules.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+    from transformers import PreTrainedModel
+
+_DENSE = "weight"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNames:
+    """
+    How the names in a checkpoint and those in a model correspond.
+
+    Attributes:
+        targets: stored tensor -> parameter or buffer of the model, for the tensors that are one.
+        modules: module path in the model -> stored module paths it is made from, in order of appearance.
+        converted: parameters that Transformers splits, merges or reshapes out of what is stored.
+        ignored: stored tensors that the model class leaves out on purpose.
+    """
+
+    targets: Mapping[str, str]
+    modules: Mapping[str, tuple[str, ...]]
+    converted: frozenset[str]
+    ignored: tuple[str, ...]
+
+    def stored(self, path: str) -> str:
+        """Return the stored path of a module, or its own path when nothing (or more than one) is stored for it."""
+        found = self.modules.get(path, ())
+        return found[0] if len(found) == 1 else path
+
+
+@dataclass(slots=True)
+class _Matching:
+    targets: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, dict[str, None]] = field(default_factory=dict)
+    converted: set[str] = field(default_factory=set)
+    ignored: list[str] = field(default_factory=list)
+
+
+def match_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
+    """
+    Match the tensor names of a checkpoint with a model that has its original linear layers.
+
+    A quantized layer is matched by where its dense `weight` would go.
+
+    Args:
+        model: any device; only names are looked at.
+        stored: tensor names of the checkpoint.
+    """
+    result = _Matching()
+    rename = _Renamer(model)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for name in sorted(stored, key=dot_natural_key):
+        path, _, suffix = name.rpartition(".")
+        target, produced = rename(name)
+        if target is not None:
+            result.targets[name] = target
+            result.converted.update(produced)
+        elif suffix != _DENSE:
+            target, produced = rename(f"{path}.{_DENSE}")
+            result.converted.update(produced)
+        if target is not None:
+            result.modules.setdefault(target.rpartition(".")[0], {})[path] = None
+        elif any(pattern.search(name) for pattern in ignored):
+            result.ignored.append(name)
+    return StoredNames(
+        result.targets,
+        {module: tuple(paths) for module, paths in result.modules.items()},
+        frozenset(result.converted),
+        tuple(result.ignored),
+    )
+
+
+class _Renamer:
+    """Transformers' renaming, as its loader applies it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._prefix: str = model.base_model_prefix
+        self._state: dict[str, torch.Tensor] = model.state_dict()
+
+    def __call__(self, name: str) -> tuple[str | None, list[str]]:
+        """Return the parameter a stored tensor goes to (None for none), and all of them where it is converted."""
+        renamed, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        if renamed not in self._state:
+            renamed, pattern = rename_source_key(name, [], [], self._prefix, self._state)
+        if renamed not in self._state:
+            return None, []
+        if pattern is None:
+            return renamed, []
+        converter = next(entry for entry in self._converters if pattern in entry.source_patterns)
+        first = converter.target_patterns[0]
+        return renamed, [renamed.replace(first, target) for target in converter.target_patterns]

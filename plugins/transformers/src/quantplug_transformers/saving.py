@@ -1,0 +1,39 @@
+"""
+What a loaded model is written as.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantplug.load import stored_tensors
+from quantplug.modules import QuantizedLinear
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from quantplug.plan import Plan
+
+
+def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """
+    Return the model's tensors as a checkpoint holds them, by the model's names: quantized layers bit for bit.
+
+    Transformers turns the model's names into stored ones where they differ.
+
+    Raises:
+        LoadError: `QP-LOAD-SOURCE` when the bytes of a layer are gone.
+    """
+    plan: Plan = model.quantplug_plan
+    layers = {module.path: module for module in model.modules() if isinstance(module, QuantizedLinear)}
+    own_name = {
+        name: f"{layer.path}.{suffix}"
+        for layer in plan.layers
+        for segment in layer.segments
+        for suffix, name in (*segment.tensors, *((name.rpartition(".")[2], name) for name in layer.tensors))
+    }
+    state: dict[str, torch.Tensor] = dict(model.state_dict())
+    for name, tensor in stored_tensors(layers):
+        state[own_name[name]] = tensor
+    return state
