@@ -79,13 +79,14 @@ class LayerPlanner:
         Raises:
             ConfigError, CheckpointError, PlanError: when rules, tensors and kernels do not come together.
         """
+        # Every module is put to the matcher, so that an entry that names an embedding or a norm counts as used.
+        ruling = self._matcher.decide(module, self._stored.paths)
+        self._warnings.update(dict.fromkeys(ruling.warnings))
         names = [name for name in module.shards or (module.name,) if name in self._stored.paths]
         if module.tied_to and not names:
             return self._tied(module)
         if module.kind != "linear":
             return self._dense(module, "not a linear layer" if module.kind == "other" else "embeddings stay whole")
-        ruling = self._matcher.decide(module, self._stored.paths)
-        self._warnings.update(dict.fromkeys(ruling.warnings))
         if not names:
             raise self._missing(module)
         settled = {name: self._settle(module, name, ruling) for name in names}

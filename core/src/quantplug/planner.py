@@ -106,7 +106,7 @@ def plan(
             *checkpoint.warnings,
             *config.notes,
             *layers.warnings,
-            *(f"{entry.text!r} ({entry.origin}) matches no module" for entry in report.unused),
+            *report.warnings,
         ),
         plugins=_taking_part(registry, layers),
     )
