@@ -15,7 +15,7 @@ from quantplug.header import TensorHeader, read_header
 from quantplug.index import SUFFIX, read_index, refuse_escape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
     from quantplug.header import FileHeader
     from quantplug.index import Index
@@ -167,12 +167,13 @@ def _join(directory: Path, headers: Mapping[str, FileHeader]) -> dict[str, Tenso
     return tensors
 
 
-def _refuse_twins(directory: Path, names: Iterable[str]) -> None:
+def _refuse_twins(directory: Path, names: Collection[str]) -> None:
     """Refuse names that differ in their bytes and look the same: file systems and people take them for one."""
+    others = [name for name in names if not name.isascii()]
+    if not others:
+        return
     by_form = {name: name for name in names if name.isascii()}
-    for name in names:
-        if name.isascii():
-            continue
+    for name in others:
         other = by_form.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
             raise CheckpointError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from quantplug.errors import CheckpointError
@@ -138,7 +139,7 @@ def read_header(path: Path, file: str) -> FileHeader:
     metadata = _metadata(path, table.pop(_METADATA, {}))
     base = _LENGTH_BYTES + length
     tensors = [_tensor(path, file, base, name, entry) for name, entry in table.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    tensors.sort(key=attrgetter("start", "end"))
     _check_layout(path, base, stamp.size, tensors)
     return FileHeader(tuple(tensors), metadata, stamp)
 
