@@ -211,9 +211,9 @@ def _method(
     """Return the method, normalised, where it stands, and what to note about its spelling."""
     for section in sections:
         if METHOD in section.fields:
-            return _spelled(section.fields[METHOD], section.origin(METHOD))
+            return _spelled(section.fields[METHOD], section.origin(METHOD), registry)
     if METHOD in override:
-        return _spelled(override[METHOD], CALLER)
+        return _spelled(override[METHOD], CALLER, registry)
     for section in sections:
         if len(section.owners) == 1:
             owner = registry.dialects[section.owners[0]].item
@@ -227,9 +227,10 @@ def _method(
     )
 
 
-def _spelled(value: Json, origin: str) -> tuple[str, str, list[str]]:
+def _spelled(value: Json, origin: str, registry: Registry) -> tuple[str, str, list[str]]:
     method = value.lower() if isinstance(value, str) else ""
-    if _METHOD_GRAMMAR.fullmatch(method) is None:
+    # What an installed dialect lists is a name, even where a writer put its repository there ("intel/auto-round").
+    if _METHOD_GRAMMAR.fullmatch(method) is None and method not in _methods(registry):
         raise ConfigError(
             "QP-CFG-METHOD",
             origin,

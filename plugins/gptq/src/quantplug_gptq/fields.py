@@ -62,9 +62,9 @@ def read_storage(fields: Mapping[str, Json], origin: Callable[[str], str], base:
     Raises:
         ConfigError: `QP-CFG-FIELD`; a bool is not an int here, and "4" is not 4.
     """
-    size = get_int(
-        fields, "group_size", origin("group_size"), default=base and base.group_size, minimum=-1, maximum=_LARGEST_GROUP
-    )
+    defaults = (base.bits, base.group_size, base.sym, base.desc_act) if base else (None, None, True, False)
+    bits, size, sym, desc_act = defaults
+    size = get_int(fields, "group_size", origin("group_size"), default=size, minimum=-1, maximum=_LARGEST_GROUP)
     if size == 0:
         raise ConfigError(
             "QP-CFG-FIELD",
@@ -73,10 +73,10 @@ def read_storage(fields: Mapping[str, Json], origin: Callable[[str], str], base:
             expected=f"-1 (one group over all inputs) or 1 to {_LARGEST_GROUP}",
         )
     return Storage(
-        bits=get_int(fields, "bits", origin("bits"), default=base and base.bits, choices=BITS),
+        bits=get_int(fields, "bits", origin("bits"), default=bits, choices=BITS),
         group_size=size,
-        sym=get_bool(fields, "sym", origin("sym"), default=base.sym if base else True),
-        desc_act=get_bool(fields, "desc_act", origin("desc_act"), default=bool(base and base.desc_act)),
+        sym=get_bool(fields, "sym", origin("sym"), default=sym),
+        desc_act=get_bool(fields, "desc_act", origin("desc_act"), default=desc_act),
     )
 
 
