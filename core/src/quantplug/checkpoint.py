@@ -59,10 +59,16 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         CheckpointError: `QP-ST-FILE` when there is no checkpoint, else `QP-ST-…` naming file, tensor and byte.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
-        raise CheckpointError("QP-ST-FILE", str(directory), what, expected="the directory of a checkpoint")
-    present = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(SUFFIX))
+    try:
+        present = sorted(entry.name for entry in directory.iterdir() if entry.name.endswith(SUFFIX))
+    except OSError as error:
+        what = {FileNotFoundError: "does not exist", NotADirectoryError: "is not a directory"}.get(type(error))
+        raise CheckpointError(
+            "QP-ST-FILE",
+            str(directory),
+            what or f"cannot be listed: {error.strerror or error}",
+            expected="the directory of a checkpoint",
+        ) from error
     index = _index_of(directory, present)
     if index is not None:
         files = index.shards

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from quantplug.errors import ConfigError, PluginError, QuantplugError
+from quantplug.errors import ConfigError, PluginError, QuantplugError, list_names
 from quantplug.isolation import Fault, isolated
 from quantplug.jsonio import describe_json
 from quantplug.sections import (
@@ -221,7 +221,7 @@ def _method(
     raise ConfigError(
         "QP-CFG-METHOD",
         sections[0].place,
-        f"has no {METHOD}, only {', '.join(sorted(sections[0].fields))}",
+        f"has no {METHOD}, only {list_names(sections[0].fields)}",
         expected=f"{METHOD}: one of {', '.join(_methods(registry)) or '(no dialect is installed)'}",
         fix=f"If you know the format, state it: override={{'{METHOD}': ...}}.",
     )

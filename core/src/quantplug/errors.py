@@ -167,6 +167,6 @@ class HostError(QuantplugError):
 
 
 def list_names(names: Collection[str]) -> str:
-    """Return up to 20 names, sorted, and a count of the rest."""
-    shown = ", ".join(sorted(names)[:_SHOWN])
+    """Return up to 20 names, sorted, and a count of the rest; what cannot be printed is escaped."""
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in sorted(names)[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

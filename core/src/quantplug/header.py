@@ -212,7 +212,7 @@ def _metadata(path: Path, value: Json) -> dict[str, str]:
             raise CheckpointError(
                 "QP-ST-HEADER",
                 f"{path}: {_METADATA}",
-                f"{key!r} is {_kind(text)}",
+                f"{key!r:.80} is {_kind(text)}",
                 expected="an object whose values are strings",
                 fix=_damaged(),
             )
@@ -224,7 +224,7 @@ def _tensor(path: Path, file: str, base: int, name: str, entry: Json) -> TensorH
     if not (name.isascii() and name.isprintable() and 0 < len(name) <= MAX_NAME_BYTES and ".." not in name):
         _check_name(path, name)
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
-        found = f"the fields {sorted(entry)}" if isinstance(entry, dict) else _kind(entry)
+        found = f"the fields {sorted(entry)!s:.120}" if isinstance(entry, dict) else _kind(entry)
         raise _malformed(path, name, f"has {found}", "an object with exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = DTYPES.get(dtype) if isinstance(dtype, str) else None
@@ -232,7 +232,7 @@ def _tensor(path: Path, file: str, base: int, name: str, entry: Json) -> TensorH
         raise CheckpointError(
             "QP-ST-DTYPE",
             f"{path}: {name}",
-            f"dtype {dtype!r} is not one that torch can hold",
+            f"dtype {dtype!r:.80} is not one that torch can hold",
             expected=f"one of {', '.join(DTYPES)}",
             fix="A newer quantplug may know it; otherwise the file is damaged.",
         )
@@ -248,7 +248,9 @@ def _tensor(path: Path, file: str, base: int, name: str, entry: Json) -> TensorH
         and type(end := offsets[1]) is int
         and 0 <= start <= end
     ):
-        raise _malformed(path, name, f"data_offsets is {offsets!r}", "[start, end], integers with 0 <= start <= end")
+        raise _malformed(
+            path, name, f"data_offsets is {offsets!r:.80}", "[start, end], integers with 0 <= start <= end"
+        )
     if (end - start) * 8 != numel * bits:
         raise CheckpointError(
             "QP-ST-SHAPE",

@@ -64,7 +64,7 @@ def read_index(directory: Path, file: str) -> Index:
         raise CheckpointError("QP-ST-INDEX", str(path), fault.what, expected=fault.expected, fix=_FIX) from fault
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(weight_map, dict) or not weight_map:
-        found = f"has the keys {sorted(value)}" if isinstance(value, dict) else "is not an object"
+        found = f"has the keys {sorted(value)!s:.200}" if isinstance(value, dict) else "is not an object"
         if isinstance(value, dict) and "weight_map" in value:
             found = "has a weight_map that is empty or not an object"
         raise CheckpointError(
@@ -77,14 +77,14 @@ def read_index(directory: Path, file: str) -> Index:
             raise CheckpointError(
                 "QP-ST-INDEX",
                 f"{path}: weight_map",
-                f"the shard of {name!r} is {shard!r:.60}",
+                f"the shard of {name!r:.200} is {shard!r:.60}",
                 expected="the name of a file",
                 fix=_FIX,
             )
         places[name] = shard
         shards[shard] = name
     for shard, name in shards.items():
-        _check_shard_name(f"{path}: weight_map of {name!r}", shard)
+        _check_shard_name(f"{path}: weight_map of {name!r:.200}", shard)
         refuse_escape(directory, shard)
     return Index(file, places, tuple(sorted(shards, key=_by_number)), _total_size(value))
 

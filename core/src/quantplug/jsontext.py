@@ -155,7 +155,7 @@ def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise JsonTextError("duplicate", f"has the key {twice!r} twice in one object", "every key once")
+        raise JsonTextError("duplicate", f"has the key {twice!r:.200} twice in one object", "every key once")
     return fields
 
 
