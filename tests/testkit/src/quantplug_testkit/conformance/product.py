@@ -24,7 +24,7 @@ ROWS = (0, 1, 3, 17, 64, 200)
 class ProductTests(Subject):
     """`apply`, on well-behaved and on odd values."""
 
-    @pytest.mark.parametrize("rows", ROWS)
+    @pytest.mark.parametrize("rows", ROWS, ids="{}-rows".format)
     def test_product_is_within_the_derived_bound(self, hazard: Hazard, rows: int) -> None:
         """Each element of y is as near to the exact product as the declared arithmetic makes it."""
         case = self.case(hazard)

@@ -3,7 +3,9 @@ GPTQ's stored tensors: codes packed into int32 words as one little-endian stream
 
 Code i takes the bits `i * bits` and up of the stream, word w its bits `32 * w` and up, so with 3 bits some codes cross
 from one word into the next. `qweight` packs along K (each column is a stream), `qzeros` along N (each row is one).
-Version 1 of the format stores every zero point less one; reading adds one and keeps the low `bits` bits.
+Version 1 of the format stores every zero point less one; reading adds one and keeps the low `bits` bits. Some writers
+(GPTQModel, for 2, 4 and 8 bits) subtract from whole words, so that a zero point of 0 borrows from the next one in its
+word; what they wrote is read by adding to whole words.
 
 A worked example: eleven 3-bit codes, of which the last crosses into the second word.
 
@@ -84,10 +86,15 @@ def pack_columns(codes: Array, bits: int) -> NDArray[np.int32]:
     return pack_rows(codes.T, bits).T
 
 
-def zero_points(qzeros: Array, bits: int, out_features: int, *, v2: bool) -> NDArray[np.int64]:
-    """Return the zero points `[G, N]` that `qzeros` int32 `[G, C]` stands for."""
+def zero_points(
+    qzeros: Array, bits: int, out_features: int, *, v2: bool, whole_words: bool = False
+) -> NDArray[np.int64]:
+    """Return the zero points `[G, N]` that `qzeros` int32 `[G, C]` stands for; `whole_words` as for `dequantize`."""
+    if whole_words:
+        ones = sum(1 << position for position in range(0, 32, bits))
+        qzeros = ((qzeros.astype(np.int64) + ones) & _WORD).astype(np.uint32).view(np.int32)
     stored = unpack_columns(qzeros, bits, out_features).astype(np.int64)
-    return stored if v2 else (stored + 1) & ((1 << bits) - 1)
+    return stored if v2 or whole_words else (stored + 1) & ((1 << bits) - 1)
 
 
 def dequantize(
@@ -100,6 +107,7 @@ def dequantize(
     *,
     v2: bool,
     sym: bool,
+    whole_words: bool = False,
 ) -> NDArray[np.float64]:
     """
     Return the values of one layer, float64 `[N, K]`.
@@ -114,6 +122,7 @@ def dequantize(
         group_size: inputs per group; -1 for one group over all of K.
         v2: whether zero points are stored as they are (`checkpoint_format` "gptq_v2").
         sym: whether the file calls itself symmetric, which means that every zero point is `2 ** (bits - 1)`.
+        whole_words: whether a version 1 writer subtracted from whole words; not for 3 bits, which cross words.
 
     Raises:
         ValueError: the file calls itself symmetric and a zero point is another.
@@ -121,7 +130,7 @@ def dequantize(
     in_features = qweight.shape[0] * 32 // bits if g_idx is None else len(g_idx)
     index = group_index(in_features, group_size) if g_idx is None else np.asarray(g_idx, np.int64)
     codes = unpack_rows(qweight, bits, in_features).astype(np.int64)
-    zeros = zero_points(qzeros, bits, scales.shape[1], v2=v2)
+    zeros = zero_points(qzeros, bits, scales.shape[1], v2=v2, whole_words=whole_words)
     if sym and (zeros != 1 << (bits - 1)).any():
         raise ValueError(f"a symmetric file with zero points {sorted(set(zeros.ravel().tolist()))}")
     values = np.empty(codes.shape, np.float64)

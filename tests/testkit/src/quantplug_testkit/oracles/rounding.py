@@ -39,7 +39,8 @@ def to_bfloat16(values: Floats) -> Floats:
     one = np.uint64(1)
     odd = (integer >> drop) & one
     kept = (integer + (one << (drop - one)) - one + odd) >> drop
-    rounded = np.ldexp(kept.astype(np.float64), last)
+    with np.errstate(over="ignore"):
+        rounded = np.ldexp(kept.astype(np.float64), last)
     rounded = np.where(rounded > LARGEST["bfloat16"], np.inf, rounded)
     return np.where(finite, np.copysign(rounded, values), values)
 
