@@ -143,8 +143,9 @@ def _module(path: str, stored: StoredModules, rules: Architecture, marks: frozen
     )
 
 
-def _ends_with(path: str, suffixes: Iterable[str]) -> bool:
-    return any(path == suffix or path.endswith(f".{suffix}") for suffix in suffixes)
+def _ends_with(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether the last components of a path are one of these dotted suffixes."""
+    return path.endswith(suffixes) and any(f".{path}".endswith(f".{suffix}") for suffix in suffixes)
 
 
 def _is_tied(model_config: Mapping[str, Json]) -> bool:
