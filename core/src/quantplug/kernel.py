@@ -40,8 +40,9 @@ class Cast:
     A rounding that a kernel performs beyond the output's own, and so widens its error bound by exactly that.
 
     Attributes:
-        what: "scales", "zeros" (zero * scale held rounded), "weights" (dequantized values) or "partials" (intermediate
-            outputs).
+        what: "scales"; "zeros" (`(2^(bits-1) - zero) * scale`, added to `(code - 2^(bits-1)) * scale`, is held rounded);
+            "weights" (dequantized values); or "partials" (the product, before the bias is added). The testkit derives
+            its bound from these four and refuses others.
         dtype: torch name of the dtype rounded to.
     """
 
