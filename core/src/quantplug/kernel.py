@@ -40,7 +40,7 @@ class Cast:
     A rounding that a kernel performs beyond the output's own, and so widens its error bound by exactly that.
 
     Attributes:
-        what: "scales"; "zeros" (`(2^(bits-1) - zero) * scale`, added to `(code - 2^(bits-1)) * scale`, is held rounded);
+        what: "scales"; "zeros" (`(2^(bits-1) - zero) * scale`, which is added to `(code - 2^(bits-1)) * scale`);
             "weights" (dequantized values); or "partials" (the product, before the bias is added). The testkit derives
             its bound from these four and refuses others.
         dtype: torch name of the dtype rounded to.

@@ -24,8 +24,8 @@ class Weight:
     One weight (one segment of a fused layer) in canonical form: `value = (code - zero) * scale`.
 
     Attributes:
-        codes: `[N, K]`, one element per byte: uint8 with zeros, int8 without. Logical shape only: strides are free, here
-            and below (a decoder may hand over the transposed view of a `[K, N]` buffer), so a kernel must not assume
+        codes: `[N, K]`, one element per byte: uint8 with zeros, int8 without. Logical shape only: strides are free,
+            also below (a decoder may hand over the transposed view of a `[K, N]` buffer), so a kernel must not assume
             them.
         scales: `[N, G]` in the stored dtype. G is ceil(K / g), or with `g_idx` the number of groups it addresses.
         spec: the contract the tensors obey.
