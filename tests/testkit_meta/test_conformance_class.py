@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from quantplug.kernel import Accepted, Cost, Rejected, Traits
+from quantplug.platform import Platform
 from quantplug.reference import ReferenceKernel
 from quantplug_testkit.conformance import CATALOGUE, LinearKernelConformance, standard_tests
 
@@ -142,6 +145,21 @@ def test_a_vendors_file_runs_under_pytest(tmp_path):
     )
     assert "a NaN in x gives numbers in y [fused-act-order-float16]" in done.stdout
     assert "3 failed" in done.stdout
+
+
+def test_the_readme_compares_as_it_says():
+    """The example of the README runs, and notices one wrong element."""
+    readme = Path(__file__).parents[1] / "testkit" / "README.md"
+    example = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)[-1]
+    hazard = next(hazard for hazard in CATALOGUE if hazard.name == "odd-n-bfloat16")
+    (weight,) = hazard.weights()
+    x = hazard.inputs(3)
+    y = (x.float() @ weight.dequantize().t()).bfloat16()
+    accepted = ReferenceKernel().supports(hazard.problem, Platform.parse("cpu"))
+    exec(example, {"weight": weight, "x": x, "y": y, "accepted": accepted})
+    y[1, 2] += 1
+    with pytest.raises(AssertionError, match=r"1 of 99 elements of result leave the bound; the worst is \[1, 2\]"):
+        exec(example, {"weight": weight, "x": x, "y": y, "accepted": accepted})
 
 
 def test_there_are_enough_standard_tests():

@@ -11,7 +11,6 @@ from torch._dynamo.exc import UserError
 
 from quantplug.reference import ReferenceKernel
 from quantplug_testkit.conformance import LinearKernelConformance, standard_tests
-from quantplug_testkit.conformance.product import ROWS
 from quantplug_testkit.zoo import ZOO
 from quantplug_testkit.zoo.calls import BreaksTheGraph
 from quantplug_testkit.zoo.promises import FOREIGN, RaisesWhenAsked
@@ -32,10 +31,10 @@ def run(kernel, name):
     Vendor.kernel = kernel
     tests = Vendor()
     asked = inspect.signature(getattr(tests, name)).parameters
-    # tests of numbers see every family in every dtype; one dtype each is enough to find these faults
+    # tests of numbers see every family in every dtype and more numbers of rows; these are enough to find the faults
     sets = {"hazard": tests.families, "family": tests.families, "sample": tests.samples}
     hazards = next(([(hazard,) for hazard in sets[argument]()] for argument in asked if argument in sets), [()])
-    rows = [(count,) for count in ROWS] if "rows" in asked else [()]
+    rows = [(count,) for count in (0, 1, 3, 200)] if "rows" in asked else [()]
     for hazard in hazards:
         for count in rows:
             getattr(tests, name)(*hazard, *count)
