@@ -2,4 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from quantplug.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from quantplug.kernel import LinearKernel
+
 quantplug_api = ">=1,<2"
+
+
+@hookimpl
+def quantplug_kernels() -> list[LinearKernel]:
+    """Return the kernels for 2-, 3- and 4-bit and for 8-bit weights."""
+    from quantplug_cpu.int4 import Int4Kernel
+    from quantplug_cpu.int8 import Int8Kernel
+
+    return [Int4Kernel(), Int8Kernel()]

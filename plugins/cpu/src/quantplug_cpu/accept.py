@@ -1,0 +1,86 @@
+"""
+What the packed layout costs: bytes, microseconds, and the words for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantplug.kernel import Accepted, Cost, Rejected, Verdict
+from quantplug.spec import PerGroup
+from quantplug_cpu.fit import FAST_DTYPE, SCALE_BYTES, entitled_bytes, packed_casts
+from quantplug_cpu.slots import arrange, filled, group_sizes, stays_in_order
+
+if TYPE_CHECKING:
+    from quantplug.spec import LinearProblem
+    from quantplug_cpu.slots import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """
+    What was measured, see benchmarks/README.md.
+
+    Attributes:
+        call_us: of one call, whatever the size.
+        weight_us: per weight and call.
+        product_us: per weight and row.
+    """
+
+    call_us: float
+    weight_us: float
+    product_us: float
+
+    def cost(self, weights: int) -> Cost:
+        """Return the cost of a layer with that many weights."""
+        return Cost(self.call_us + weights * self.weight_us, weights * self.product_us)
+
+
+# Per nibble plane, on two cores with AVX-512 and BF16, weights in memory.
+_OPERATOR = Rates(6.0, 2.7e-5, 1.05e-5)
+TILES = Rates(60.0, 2.5e-4, 1.0e-5)
+
+
+def packed_verdict(problem: LinearProblem, planes: int) -> Verdict:
+    """Return what the packed layout costs for a problem of one contract, in nibbles or (planes 2) in two halves."""
+    weight, k = problem.segments[0].weight, problem.in_features
+    slots = arrange(group_sizes(weight.granularity, k))
+    if isinstance(weight.granularity, PerGroup) and slots.count > 2 * k + 32:
+        return Rejected(
+            "granularity",
+            f"groups of {weight.granularity.size} inputs would be filled up to {slots.group} each",
+            "group sizes from 16 on are taken",
+        )
+    fast = problem.dtype == FAST_DTYPE
+    parts = len(problem.segments) if weight.act_order else 1
+    weights = planes * slots.count * problem.out_features
+    cost = (_OPERATOR if fast else TILES).cost(weights)
+    notes = [f"empty slots: {k} inputs are laid out as {slots.count}"] if slots.count != k else []
+    if weight.act_order:
+        notes.append("x is permuted once per call")
+    if planes == 2:
+        notes.append("8-bit codes are multiplied as two 4-bit halves")
+    if not fast:
+        notes.append(f"dequantizes tiles to float32 at every call; {FAST_DTYPE} has an operator of its own")
+    return Accepted(
+        Cost(cost.fixed_us + (parts - 1) * _OPERATOR.call_us, cost.row_us),
+        casts=packed_casts(weight, bias=problem.bias) if fast else (),
+        extra_bytes=max(0, _held_bytes(problem, planes, slots) - entitled_bytes(problem)),
+        notes=tuple(notes),
+    )
+
+
+def _held_bytes(problem: LinearProblem, planes: int, slots: Slots) -> int:
+    """Return the bytes of the packed form; segments with act-order count as if each had an order of its own."""
+    weight, k = problem.segments[0].weight, problem.in_features
+    sizes = [segment.out_features for segment in problem.segments]
+    parts = sizes if weight.act_order else [sum(sizes)]
+    scale = 4 * planes if problem.dtype == FAST_DTYPE else SCALE_BYTES[weight.scale_dtype]
+    rows = sum(filled(size) for size in parts)
+    total = rows * (planes * slots.count // 2 + slots.groups * (scale + weight.zero_points))
+    if weight.act_order:
+        total += len(parts) * 4 * k
+    if weight.act_order or not stays_in_order(weight.granularity, k, slots):
+        total += len(parts) * 4 * planes * slots.count
+    return total

@@ -1,0 +1,76 @@
+"""
+What both kernels ask of a problem before they look at its numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantplug.kernel import Cast, Rejected
+from quantplug.spec import PerGroup, PerTensor, group_count
+
+if TYPE_CHECKING:
+    from quantplug.platform import Platform
+    from quantplug.spec import LinearProblem, WeightSpec
+
+FAST_DTYPE = "bfloat16"
+"""The dtype for which torch's packed operators are vectorised; in others they are scalar code, 20 times slower."""
+
+SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Scale dtypes that are taken."""
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], other: str) -> Rejected | None:
+    """
+    Return why no CPU kernel of this plugin runs the problem, or None.
+
+    Args:
+        problem: what is to run.
+        platform: what it is to run on.
+        bits: widths of codes the kernel takes.
+        other: name of the kernel for the other widths.
+    """
+    if platform.kind != "cpu":
+        return Rejected("platform", f"runs on cpu, not on {platform}")
+    if problem.dtype not in _DTYPES:
+        return Rejected("dtype", f"activation dtype {problem.dtype}", f"use one of {', '.join(_DTYPES)}")
+    if not problem.uniform:
+        kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
+        return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")
+    weight = problem.segments[0].weight
+    if weight.element.bits not in bits:
+        return Rejected("element", f"{weight.element} has {weight.element.bits} bits", f"{other} takes it")
+    if weight.scale_dtype not in SCALE_BYTES:
+        return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}")
+    sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
+    for name, size in sizes:
+        if size < 1:
+            return Rejected("shape", f"{name} is {size}", "at least 1")
+    if isinstance(weight.granularity, PerGroup) and weight.granularity.size < 1:
+        return Rejected("granularity", f"group size {weight.granularity.size}", "at least 1")
+    return None
+
+
+def entitled_bytes(problem: LinearProblem) -> int:
+    """Return the bytes of codes at their width, scales, zero points and g_idx."""
+    total = 0
+    for segment in problem.segments:
+        weight, n, k = segment.weight, segment.out_features, problem.in_features
+        rows = 1 if isinstance(weight.granularity, PerTensor) else n
+        per_group = SCALE_BYTES[weight.scale_dtype] + weight.zero_points
+        total += -(-n * k * weight.element.bits // 8) + rows * group_count(weight.granularity, k) * per_group
+        total += 4 * k if weight.act_order else 0
+    return total
+
+
+def packed_casts(weight: WeightSpec, *, bias: bool) -> tuple[Cast, ...]:
+    """Return the roundings of the packed operator, and of the dequantized tiles that replace it for many rows."""
+    casts = [] if weight.scale_dtype == FAST_DTYPE else [Cast("scales", FAST_DTYPE)]
+    if weight.zero_points:
+        casts.append(Cast("zeros", FAST_DTYPE))
+    casts.append(Cast("weights", FAST_DTYPE))
+    if bias:
+        casts.append(Cast("partials", FAST_DTYPE))
+    return tuple(casts)

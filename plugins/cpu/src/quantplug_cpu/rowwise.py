@@ -1,0 +1,189 @@
+"""
+Signed 8-bit codes with one scale per row: kept as bytes `[N, K]`, for torch's int8 operator and for tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantplug.spec import PerTensor
+from quantplug.weight import Prepared, Weight
+from quantplug_cpu.fit import FAST_DTYPE
+from quantplug_cpu.int8 import STEP
+from quantplug_cpu.ops import differentiate, register
+from quantplug_cpu.prepare import Fill, check
+from quantplug_cpu.tiles import tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantplug.spec import LinearProblem
+
+MANY_ROWS = 32
+MANY_ROWS_LARGE = 16
+LARGE_WEIGHTS = 1 << 22
+"""Rows from which on tiles beat the operator, for layers of fewer weights than this and for larger ones."""
+
+_PIECE_BYTES = 1 << 20
+
+
+def rowwise_linear(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Return `[M, N]`, x times codes, times scales, plus bias, in the dtype of x.
+
+    Codes are exact in bfloat16, so that only the sum is rounded, and then once more with scale and bias.
+
+    Args:
+        x: `[M, K]`, bfloat16 or float32.
+        codes: int8 `[N, K]`.
+        scales: `[N]`.
+        bias: `[N]` or None.
+    """
+    y = x.new_empty(x.shape[0], codes.shape[0])
+    scales = scales.to(x.dtype)
+    for begin, end in tiles(*codes.shape):
+        product = torch.nn.functional.linear(x, codes[begin:end].to(x.dtype))
+        if bias is None:
+            torch.mul(product, scales[begin:end], out=y[:, begin:end])
+        else:
+            torch.addcmul(bias[begin:end], product, scales[begin:end], out=y[:, begin:end])
+    return y
+
+
+def prepare(problem: LinearProblem, segments: Sequence[Weight], layout_id: str, out: Prepared | None) -> Prepared:
+    """
+    Return codes `[N, K]` with K filled up to a multiple of `STEP`, and a scale per row.
+
+    Canonical codes that already lie so are kept without a copy.
+
+    Raises:
+        ValueError: a tensor does not have the shape or dtype that the contract says.
+    """
+    for weight in segments:
+        check(weight, problem.in_features)
+        if weight.scales.dtype != segments[0].scales.dtype:
+            raise ValueError(f"scales are {segments[0].scales.dtype} and {weight.scales.dtype}")
+    fast = problem.dtype == FAST_DTYPE
+    stored = segments[0].scales.dtype
+    k, n = problem.in_features, problem.out_features
+    pad = -k % STEP
+    tensors: dict[str, torch.Tensor] = {}
+    fill = Fill(tensors, None if out is None else out.tensors, 0)
+    codes = segments[0].codes
+    if out is None and len(segments) == 1 and not pad and codes.is_contiguous():
+        tensors["codes.0"] = codes
+    else:
+        _copy_codes(segments, fill.take("codes", (n, k + pad), torch.int8), k)
+    scales = fill.take("scales", (n,), torch.bfloat16 if fast else stored)
+    scales.copy_(torch.cat([weight.scales[:, 0].expand(weight.out_features) for weight in segments]))
+    for number, weight in enumerate(segments):
+        if weight.g_idx is not None:
+            numbered = Fill(tensors, None if out is None else out.tensors, number)
+            numbered.take("g_idx", (k,), torch.int32).copy_(weight.g_idx)
+    many = MANY_ROWS_LARGE if codes.numel() >= LARGE_WEIGHTS else MANY_ROWS
+    exact = not fast or stored == torch.bfloat16
+    meta = {"planes": 0, "exact": int(exact), "pad": pad, "many": many if fast else 0}
+    if out is None:
+        return Prepared(layout_id, problem, tensors, meta)
+    if tensors.keys() != out.tensors.keys() or meta != out.meta:
+        raise ValueError("the new weights have other scales or another g_idx than those they replace")
+    return out
+
+
+def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `[..., N]` for x `[..., K]`: by the operator where it is fast, else by tiles."""
+    meta, tensors = prepared.meta, prepared.tensors
+    inputs = x.shape[-1]
+    rows = x.numel() // inputs
+    flat = x if x.dim() == 2 else x.reshape(rows, inputs)
+    if meta["pad"]:
+        flat = torch.nn.functional.pad(flat, (0, meta["pad"]))
+    if 0 < rows < meta["many"] and not x.requires_grad:
+        # The operator wants x contiguous, and takes no x without rows.
+        y: torch.Tensor = _OPERATOR(flat.contiguous(), tensors["codes.0"], tensors["scales.0"])
+        if bias is not None:
+            y.add_(bias)
+    elif prepared.problem.dtype == FAST_DTYPE:
+        y = _TILES(flat, tensors["codes.0"], tensors["scales.0"], bias)
+    else:
+        bias = None if bias is None else bias.to(torch.float32)
+        y = _TILES(flat.to(torch.float32), tensors["codes.0"], tensors["scales.0"], bias).to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def dequantize(prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values `[N, K]`."""
+    codes, scales = prepared.tensors["codes.0"], prepared.tensors["scales.0"].to(torch.float32)
+    values = torch.empty(codes.shape[0], prepared.problem.in_features, dtype=dtype)
+    for begin, end in tiles(*codes.shape):
+        exact = codes[begin:end, : values.shape[1]].to(torch.float32)
+        values[begin:end] = exact.mul_(scales[begin:end].unsqueeze(1))
+    return values
+
+
+def unprepare(prepared: Prepared, kernel: str) -> tuple[Weight, ...]:
+    """
+    Return the canonical segments, bit by bit.
+
+    Raises:
+        NotImplementedError: scales were rounded to bfloat16 on the way in.
+    """
+    if not prepared.meta["exact"]:
+        raise NotImplementedError(f"kernel {kernel} holds scales rounded to {FAST_DTYPE}")
+    codes, scales = prepared.tensors["codes.0"], prepared.tensors["scales.0"].unsqueeze(1)
+    weights: list[Weight] = []
+    row = 0
+    for number, segment in enumerate(prepared.problem.segments):
+        rows = slice(row, row + segment.out_features)
+        row = rows.stop
+        spec = replace(segment.weight, scale_dtype=str(scales.dtype).removeprefix("torch."))
+        shared = slice(rows.start, rows.start + 1) if isinstance(spec.granularity, PerTensor) else rows
+        weights.append(
+            Weight(
+                codes=codes[rows, : prepared.problem.in_features],
+                scales=scales[shared],
+                spec=spec,
+                g_idx=prepared.tensors.get(f"g_idx.{number}"),
+            )
+        )
+    return tuple(weights)
+
+
+def _copy_codes(segments: Sequence[Weight], out: torch.Tensor, inputs: int) -> None:
+    """Fill `[N, K]` with codes of any stride, a piece of the inputs at a time."""
+    out[:, inputs:] = 0
+    step = max(STEP, _PIECE_BYTES // out.shape[0] // STEP * STEP)
+    row = 0
+    for weight in segments:
+        target = out[row : row + weight.out_features]
+        row += weight.out_features
+        for begin in range(0, inputs, step):
+            target[:, begin : min(begin + step, inputs)] = weight.codes[:, begin : begin + step]
+
+
+def _fake(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, codes, scales, bias = inputs
+    ctx.save_for_backward(codes, scales)
+    ctx.dtype, ctx.bias = x.dtype, bias is not None
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, torch.Tensor | None]:
+    codes, scales = ctx.saved_tensors
+    back = torch.mm(grad * scales.to(ctx.dtype), codes.to(ctx.dtype))
+    return back, None, None, grad.sum(0) if ctx.bias else None
+
+
+_OPERATOR = torch.ops.aten._weight_int8pack_mm.default
+_TILES = register(
+    "rowwise_linear", "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", rowwise_linear, _fake
+)
+differentiate("rowwise_linear", _keep_operands, _backward)
