@@ -10,6 +10,8 @@ They go through a layer in pieces that fit a processor's cache, so that fresh me
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 _PIECE_WORDS = 1 << 17
@@ -34,14 +36,13 @@ def unpack_rows(words: torch.Tensor, bits: int, *, subtract: int = 0) -> torch.T
     periods = -(-rows // period_words)
     if rows != periods * period_words:
         words = torch.nn.functional.pad(words, (0, 0, 0, periods * period_words - rows))
-    words = words.reshape(periods, period_words, columns)
+    octets = words.reshape(-1).view(torch.uint8).view(periods, period_words, columns, 4).transpose(2, 3)
     codes = torch.empty(periods, period_codes, columns, dtype=torch.uint8)
     step = max(1, _PIECE_WORDS // max(1, period_words * columns))
-    scratch = torch.empty(min(step, periods), columns, dtype=torch.int32)
     spread = _spread_three if bits == 3 else _spread
     for start in range(0, periods if columns else 0, step):
         piece = codes[start : start + step]
-        spread(words[start : start + step], bits, piece, scratch[: piece.shape[0]])
+        spread(octets[start : start + step], bits, piece)
         if subtract:
             piece.sub_(subtract)
     return codes.view(periods * period_codes, columns)
@@ -73,6 +74,12 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return words.view(periods * period_words, columns)[: -(-count * bits // 32)].contiguous()
 
 
+@lru_cache(maxsize=64)
+def constant_words(code: int, bits: int) -> torch.Tensor:
+    """Return the words int32 `[bits]` that 32 equal codes take; not to be modified."""
+    return pack_rows(torch.full((32, 1), code, dtype=torch.uint8), bits).view(-1)
+
+
 def one_per_field(bits: int) -> int:
     """Return the int32 word whose every `bits`-wide field is 1; `bits` divides 32."""
     return sum(1 << shift for shift in range(0, 32, bits))
@@ -90,20 +97,10 @@ def _lanes(codes: torch.Tensor) -> tuple[torch.Tensor, int]:
     return codes, 1
 
 
-def _cut(words: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Fill bytes uint8 `[P, 4 * W, N]` from words int32 `[P, W, N]`; scratch is int32 `[P, N]`."""
-    for index in range(out.shape[1]):
-        word, byte = divmod(index, 4)
-        source = words[:, word]
-        if byte:
-            source = torch.bitwise_right_shift(source, 8 * byte, out=scratch)
-        out[:, index].copy_(source)  # a cast to uint8 keeps the low byte
-
-
-def _spread(words: torch.Tensor, bits: int, codes: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Fill codes uint8 `[P, C, N]` from words of 2-, 4- or 8-bit codes."""
+def _spread(octets: torch.Tensor, bits: int, codes: torch.Tensor) -> None:
+    """Fill codes uint8 `[P, C, N]` from the bytes `[P, 1, 4, N]` of words with 2-, 4- or 8-bit codes."""
     per_byte = 8 // bits
-    _cut(words, codes[:, ::per_byte], scratch)
+    codes[:, ::per_byte].copy_(octets[:, 0])
     if per_byte == 1:
         return
     lanes, one = _lanes(codes)
@@ -112,12 +109,10 @@ def _spread(words: torch.Tensor, bits: int, codes: torch.Tensor, scratch: torch.
     lanes.bitwise_and_(((1 << bits) - 1) * one)
 
 
-def _spread_three(words: torch.Tensor, bits: int, codes: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Fill codes uint8 `[P, 32, N]` from words of 3-bit codes: three bytes hold eight of them."""
-    periods, _, columns = words.shape
-    cut = torch.empty(periods, 12, columns, dtype=torch.uint8)
-    _cut(words, cut, scratch)
-    source, one = _lanes(cut.view(periods * 4, 3, columns))
+def _spread_three(octets: torch.Tensor, bits: int, codes: torch.Tensor) -> None:
+    """Fill codes uint8 `[P, 32, N]` from the bytes `[P, 3, 4, N]` of words: three bytes hold eight codes."""
+    periods, _, _, columns = octets.shape
+    source, one = _lanes(octets.contiguous().view(periods * 4, 3, columns))
     target, _ = _lanes(codes.view(periods * 4, 8, columns))
     for index in range(8):
         byte, shift = divmod(index * bits, 8)

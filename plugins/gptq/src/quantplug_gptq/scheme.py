@@ -146,18 +146,20 @@ class GPTQScheme(LinearScheme):
         checks.check_scales(tensors["scales"], where)
         k, groups = shape.in_features, self._groups(shape.in_features)
         g_idx = checks.group_index(tensors.get("g_idx"), k, self._size(k), groups, desc_act=self.desc_act, where=where)
-        zeros = self._decode_zeros(tensors["qzeros"], shape.out_features, where)
-        if self.sym:
-            checks.check_symmetric(zeros, self.bits, v2=self.checkpoint_format == V2, where=where)
+        zeros = None if self.sym else self._decode_zeros(tensors["qzeros"], shape.out_features, where)
+        if self.sym and not self._stores_the_middle(tensors["qzeros"], shape.out_features):
+            found = self._decode_zeros(tensors["qzeros"], shape.out_features, where)
+            checks.check_symmetric(found, self.bits, v2=self.checkpoint_format == V2, where=where)
         middle = 1 << (self.bits - 1) if self.sym else 0
         fields = unpack_rows(tensors["qweight"], self.bits, subtract=middle)
-        checks.check_unused(fields[k:] + middle, k, f"{where}.qweight")
+        if fields.shape[0] > k:
+            checks.check_unused(fields[k:] + middle, k, f"{where}.qweight")
         codes = fields[:k].t()
         return Weight(
             codes=codes.view(torch.int8) if self.sym else codes,
             scales=tensors["scales"].t(),
             spec=replace(self.weight_spec(), scale_dtype=str(tensors["scales"].dtype).removeprefix("torch.")),
-            zeros=None if self.sym else zeros,
+            zeros=zeros,
             g_idx=g_idx,
         )
 
@@ -216,11 +218,21 @@ class GPTQScheme(LinearScheme):
         if self.zeros_offset == "word":
             words = words + one_per_field(self.bits)  # int32 wraps, and a field's carry undoes what it had borrowed
         fields = unpack_rows(words, self.bits)
-        check_unused(fields[rows:], rows, f"{where}.qzeros")
+        if fields.shape[0] > rows:
+            check_unused(fields[rows:], rows, f"{where}.qzeros")
         zeros = fields[:rows]
         if self.checkpoint_format == V1 and self.zeros_offset == "field":
             zeros = zeros.add_(1).bitwise_and_((1 << self.bits) - 1)
         return zeros
+
+    def _stores_the_middle(self, qzeros: torch.Tensor, rows: int) -> bool:
+        """Whether every word is that of middle zero points, as in nearly all symmetric files; False is no verdict."""
+        from quantplug_gptq.layout import constant_words
+
+        if rows % 32:
+            return False
+        expected = constant_words((1 << (self.bits - 1)) - (self.checkpoint_format == V1), self.bits)
+        return bool((qzeros.reshape(-1, self.bits) == expected).all())
 
     def _encode_zeros(self, zeros: torch.Tensor) -> torch.Tensor:
         """Return `[G, words]` from zero points uint8 `[N, G]`."""
