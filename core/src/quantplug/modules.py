@@ -75,6 +75,11 @@ class QuantizedLinear(torch.nn.Module):
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
         self._ledger: Ledger | None = None
 
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights and biases, as a dense layer of its size would have them."""
+        return self.out_features * self.in_features + (self.out_features if self._problem.bias else 0)
+
     # -- for frameworks with a loader of their own
 
     def create_weights(self, ledger: Ledger) -> None:
@@ -293,7 +298,8 @@ class QuantizedLinear(torch.nn.Module):
                     fix="Load the checkpoint again with the dtype and device you want.",
                 )  # fmt: skip
             return self
-        return super()._apply(fn, recurse)
+        torch.nn.Module._apply(self, fn, recurse)
+        return self
 
     def extra_repr(self) -> str:
         """Describe the layer in a model's printout."""

@@ -9,14 +9,14 @@ import shutil
 from typing import TYPE_CHECKING
 
 import torch
-from quantplug_gptq import plugin as gptq
-from quantplug_gptq.scheme import GPTQScheme
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from quantplug.plugins import build_registry
 from quantplug.weight import Weight
+from quantplug_gptq import plugin as gptq
+from quantplug_gptq.scheme import GPTQScheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ def linear_names(directory: Path) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     stored = load_file(directory / "model.safetensors").keys()
-    linear = [path for path, module in model.named_modules() if type(module) is torch.nn.Linear]
+    linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return [path for path in linear if f"{path}.weight" in stored and module_head(model) != path]
 
 
@@ -124,29 +124,27 @@ def quantize(
     return directory
 
 
-def dequantized(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def dequantized(directory: Path, scratch: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return Transformers' own dense model with the values that a GPTQ checkpoint stands for."""
+    scratch.mkdir()
     tensors = load_file(directory / "model.safetensors")
-    config = AutoConfig.from_pretrained(directory)
-    del config.quantization_config
     scheme = GPTQScheme.build(PARAMS, "test")
-    state: dict[str, torch.Tensor] = {}
+    dense: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         path, _, suffix = name.rpartition(".")
         if suffix == "qweight":
             stored = {s: tensors[f"{path}.{s}"] for s in scheme.suffixes if f"{path}.{s}" in tensors}
             shape = scheme.shape_of({s: tuple(t.shape) for s, t in stored.items()}, path)
-            state[f"{path}.weight"] = scheme.decode(stored, shape, path).dequantize(dtype)
+            dense[f"{path}.weight"] = scheme.decode(stored, shape, path).dequantize(dtype).contiguous()
         elif suffix not in scheme.suffixes:
-            state[name] = tensor.to(dtype)
-    if "lm_head.weight" in state:
-        config.tie_word_embeddings = False
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise AssertionError((missing, unexpected))
-    model.tie_weights()
-    return model.eval()
+            dense[name] = tensor.to(dtype)
+    save_file(dense, scratch / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    if "lm_head.weight" in dense:
+        config["tie_word_embeddings"] = False
+    (scratch / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(scratch, dtype=dtype)
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:

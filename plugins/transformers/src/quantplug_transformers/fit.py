@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantplug.errors import CheckpointError, PlanError, list_names
-from quantplug_transformers.inventory import owned_keys
+from quantplug_transformers.inventory import is_linear, owned_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,10 +70,8 @@ def _linear(model: PreTrainedModel, layer: LayerPlan) -> torch.nn.Linear:
         module = model.get_submodule(layer.path)
     except AttributeError:
         raise _unfit(layer, f"{type(model).__name__} has no such module") from None
-    if type(module) is not torch.nn.Linear:
-        raise _unfit(
-            layer, f"it is a {type(module).__name__} in {type(model).__name__}, which may compute something else"
-        )
+    if not isinstance(module, torch.nn.Linear) or not is_linear(module):
+        raise _unfit(layer, f"it is a {type(module).__name__} in {type(model).__name__}")
     problem = layer.problem
     if problem is not None and (problem.out_features, problem.in_features) != (module.out_features, module.in_features):
         raise _unfit(

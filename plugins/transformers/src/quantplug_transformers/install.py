@@ -12,7 +12,7 @@ import torch
 from quantplug.load import LoadReport, load_layers
 from quantplug.modules import QuantizedLinear
 from quantplug.schemes import SchemeCache
-from quantplug_transformers.moves import guard_moves
+from quantplug_transformers.overrides import override_methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ class Installation:
             # Some versions keep the stored dtype of tensors in a checkpoint that is quantized.
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
             parameter.requires_grad_(False)
-        guard_moves(model)
+        override_methods(model)
         attach(model, request.plan, loaded.report)
 
 

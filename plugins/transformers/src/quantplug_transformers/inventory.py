@@ -24,8 +24,8 @@ def read_inventory(model: PreTrainedModel, names: StoredNames) -> Inventory:
     """
     Return every module that owns parameters or saved buffers, in model order.
 
-    Only `torch.nn.Linear` itself is a linear layer: a subclass may compute something else. What Transformers builds by
-    merging or splitting stored tensors is not one either, as its loader does that to dense tensors only.
+    What Transformers builds by merging or splitting stored tensors is no linear layer here, as its loader does that to
+    dense tensors only.
     """
     head = model.get_output_embeddings()
     tied = tied_modules(model)
@@ -70,7 +70,16 @@ def tied_modules(model: PreTrainedModel) -> Mapping[str, str]:
     return {target.rpartition(".")[0]: source.rpartition(".")[0] for target, source in pairs}
 
 
+def is_linear(module: torch.nn.Module) -> bool:
+    """
+    Whether a quantized layer may take a module's place.
+
+    That includes subclasses of `torch.nn.Linear` that add no tensors: who quantized one took it for a linear layer.
+    """
+    return isinstance(module, torch.nn.Linear) and {"weight", "bias"}.issuperset(owned_keys("", module))
+
+
 def _kind(module: torch.nn.Module, *, converted: bool) -> ModuleKind:
     if isinstance(module, torch.nn.Embedding):
         return "embedding"
-    return "linear" if type(module) is torch.nn.Linear and not converted else "other"
+    return "linear" if is_linear(module) and not converted else "other"
