@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from quantplug.regextree import (
     ANYTHING,
     END,
+    LINE,
     Anchor,
     Chars,
     Choice,
@@ -53,7 +54,7 @@ class _Bound:
 
 def worst_steps(expression: Expression, length: int, *, whole: bool = False) -> int:
     """
-    Return an upper bound on the steps of matching at the start of any text of up to `length` characters.
+    Return an upper bound on the steps of matching at the start of any line of up to `length` characters.
 
     Args:
         expression: what is matched.
@@ -65,9 +66,10 @@ def worst_steps(expression: Expression, length: int, *, whole: bool = False) -> 
 
     """
     nodes = expression.nodes
-    if not whole and nodes and isinstance(nodes[-1], Run) and not nodes[-1].least:
+    last = nodes[-1] if nodes else None
+    if isinstance(last, Run) and not last.least and (not whole or (last.most is None and last.mask == LINE)):
         nodes = nodes[:-1]  # whoever arrives there has matched
-    return length + _Analysis(length).sequence(nodes, _Next(END, 1)).steps
+    return length + 1 + _Analysis(length).sequence(nodes, _Next(END, 1)).steps
 
 
 class _Analysis:

@@ -9,6 +9,7 @@ and all shards that the checkpoint has must come to the same scheme. Experts are
 from __future__ import annotations
 
 from functools import lru_cache
+from math import inf
 from typing import TYPE_CHECKING
 
 from quantplug.errors import ConfigError
@@ -69,9 +70,10 @@ class Matcher:
 
         """
         own = self._index.hits(module.name, module.class_name)
-        shards = [shard for shard in module.shards if stored is None or shard in stored]
-        if shards:
-            return self._decide_shards(module, own, shards)
+        if module.shards:
+            shards = [shard for shard in module.shards if stored is None or shard in stored]
+            if shards:
+                return self._decide_shards(module, own, shards)
         decider = own[0] if own else None
         self._count(module, own, own[:1])
         if module.kind == "linear":
@@ -174,7 +176,7 @@ def matches(entry: Entry, module: ModuleInfo) -> bool:
 
 @lru_cache(maxsize=1024)
 def _index_of(entry: Entry) -> RuleIndex:
-    return RuleIndex((entry,))
+    return RuleIndex((entry,), seconds=inf)  # kept for the whole process, and every single match is bounded
 
 
 def _describe(use: SchemeRef | None) -> str:

@@ -27,6 +27,8 @@ _ASCII = _OTHER - 1
 _EVERY = _ASCII | _OTHER
 ANYTHING = _EVERY | END
 _NEWLINE = 1 << 10
+LINE = _EVERY & ~_NEWLINE
+"""What `.` stands for."""
 
 
 class UnboundedError(ValueError):
@@ -182,7 +184,7 @@ def _convert(tree: parser.SubPattern) -> Sequence:
 
 def _convert_node(op: object, argument: Any) -> Node:
     if op is ops.ANY:
-        return Chars(_EVERY & ~_NEWLINE)
+        return Chars(LINE)
     if op is ops.NOT_LITERAL:
         return Chars(_EVERY & ~(_bit(argument) & _ASCII))
     if op is ops.IN:

@@ -9,7 +9,6 @@ literal text only when the name begins so, too.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from quantplug.skip import EntryKind
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from quantplug.patterns import Vetted
     from quantplug.skip import Entry
@@ -28,8 +27,8 @@ MAX_PATTERNS = 4_096
 """Globs and expressions in one configuration."""
 MAX_LITERALS = 1_000_000
 """Other entries in one configuration."""
-MATCH_SECONDS = 10.0
-"""Processor time for matching all names of one model; real ones need milliseconds."""
+MATCH_SECONDS = 30.0
+"""Time for matching all names of one model; real ones need milliseconds, or seconds with many expressions."""
 _COSTLY_STEPS = 100_000
 """From here on (about a millisecond on the longest name) the clock is looked at before an expression runs."""
 
@@ -54,42 +53,49 @@ class _Runs:
         parts = text.split(".")
         self._lengths.setdefault(parts[key], set()).add(len(parts))
 
-    def starting(self, parts: Sequence[str], at: int) -> Iterable[int]:
-        """Yield the entries that are runs of `parts` from `at` on."""
+    def starting(self, parts: Sequence[str], at: int, found: list[int]) -> None:
+        """Add to `found` the entries that are runs of `parts` from `at` on."""
         for length in self._lengths.get(parts[at], ()):
             if at + length <= len(parts):
-                yield from self._indices.get(".".join(parts[at : at + length]), ())
+                found += self._indices.get(".".join(parts[at : at + length]), ())
 
-    def ending(self, parts: Sequence[str]) -> Iterable[int]:
-        """Yield the entries that are the last of `parts`."""
+    def ending(self, parts: Sequence[str], found: list[int]) -> None:
+        """Add the entries that are the last of `parts`."""
         for length in self._lengths.get(parts[-1], ()):
             if length <= len(parts):
-                yield from self._indices.get(".".join(parts[len(parts) - length :]), ())
+                found += self._indices.get(".".join(parts[len(parts) - length :]), ())
 
-    def anywhere(self, parts: Sequence[str]) -> Iterable[int]:
-        """Yield the entries that are runs of `parts`, as often as they occur."""
+    def anywhere(self, parts: Sequence[str], found: list[int]) -> None:
+        """Add the entries that are runs of `parts`, as often as they occur."""
         lengths = self._lengths
+        if lengths.keys().isdisjoint(parts):
+            return
         for at, part in enumerate(parts):
             if part in lengths:
-                yield from self.starting(parts, at)
+                self.starting(parts, at, found)
 
 
 class RuleIndex:
     """
     Entries, indexed once; `hits` answers for one name at a time. Not for use by several threads at once.
 
+    Args:
+        entries: in the order of their rules.
+        seconds: time that all calls of `hits` together may take.
+
     Raises:
         ConfigError: `QP-SKIP-PATTERN` for a pattern that may not run, or for more entries than `MAX_…` allow.
 
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.vetted: dict[int, Vetted] = {}
-        self._exact: dict[str, list[int]] = defaultdict(list)
-        self._classes: dict[str, list[int]] = defaultdict(list)
+    def __init__(self, entries: Sequence[Entry], seconds: float = MATCH_SECONDS) -> None:
+        self._seconds = seconds
+        self._vetted: dict[int, Vetted] = {}
+        self._exact: dict[str, list[int]] = {}
+        self._classes: dict[str, list[int]] = {}
         self._parents, self._suffixes, self._components = _Runs(), _Runs(), _Runs()
         self._patterns: list[_Pattern] = []
-        self._headed: dict[str, list[_Pattern]] = defaultdict(list)
+        self._headed: dict[str, list[_Pattern]] = {}
         self._spent = 0.0
         self._names = 0
         self._check_counts(entries)
@@ -102,16 +108,20 @@ class RuleIndex:
 
         Raises:
             CheckpointError: `QP-ST-NAME` for a name that is too long or has control characters.
-            ConfigError: `QP-SKIP-PATTERN` when matching has used up `MATCH_SECONDS`.
+            ConfigError: `QP-SKIP-PATTERN` when matching has used up its time.
 
         """
+        started = time.perf_counter()
         check_name(name)
-        started = time.thread_time()
         parts = name.split(".")
-        found = {*self._components.anywhere(parts), *self._parents.starting(parts, 0), *self._suffixes.ending(parts)}
-        found.update(self._exact.get(name, ()))
-        if class_name:
-            found.update(self._classes.get(class_name, ()))
+        found: list[int] = []
+        self._components.anywhere(parts, found)
+        self._parents.starting(parts, 0, found)
+        self._suffixes.ending(parts, found)
+        if name in self._exact:
+            found += self._exact[name]
+        if class_name in self._classes:
+            found += self._classes[class_name]
         if self._patterns:
             self._ask(self._patterns, name, started, found)
         if self._headed:
@@ -120,23 +130,23 @@ class RuleIndex:
                 if bucket:
                     self._ask(bucket, name, started, found)
         self._names += 1
-        self._spent += time.thread_time() - started
-        if self._spent > MATCH_SECONDS:
+        self._spent += time.perf_counter() - started
+        if self._spent > self._seconds:
             raise self._too_slow()
-        return sorted(found)
+        return sorted(set(found)) if len(found) > 1 else found
 
-    def _ask(self, patterns: list[_Pattern], name: str, started: float, found: set[int]) -> None:
+    def _ask(self, patterns: list[_Pattern], name: str, started: float, found: list[int]) -> None:
         for pattern in patterns:
-            if pattern.steps > _COSTLY_STEPS and self._spent + time.thread_time() - started > MATCH_SECONDS:
+            if pattern.steps > _COSTLY_STEPS and self._spent + time.perf_counter() - started > self._seconds:
                 raise self._too_slow()
             if pattern.accepts(name):
-                found.add(pattern.index)
+                found.append(pattern.index)
 
     def _add(self, index: int, entry: Entry) -> None:
         if entry.kind is EntryKind.EXACT:
-            self._exact[entry.pattern].append(index)
+            self._exact.setdefault(entry.pattern, []).append(index)
         elif entry.kind is EntryKind.CLASS:
-            self._classes[entry.pattern].append(index)
+            self._classes.setdefault(entry.pattern, []).append(index)
         elif entry.kind is EntryKind.PARENT:
             self._parents.add(entry.pattern, index, 0)
         elif entry.kind is EntryKind.SUFFIX:
@@ -148,10 +158,11 @@ class RuleIndex:
                 vetted = compile_glob(entry.pattern, entry.origin)
             else:
                 vetted = examine(entry.pattern, entry.origin, entry.regex_mode)
-            self.vetted[index] = vetted
+            self._vetted[index] = vetted
             # The last component of literal text may go on in the name, so only what stands before it is sure.
             head = vetted.head.rpartition(".")[0]
-            (self._headed[head] if head else self._patterns).append(_Pattern(index, vetted.accepts, vetted.steps))
+            bucket = self._headed.setdefault(head, []) if head else self._patterns
+            bucket.append(_Pattern(index, vetted.accepts, vetted.steps))
 
     def _check_counts(self, entries: Sequence[Entry]) -> None:
         patterns = sum(entry.kind in (EntryKind.GLOB, EntryKind.REGEX) for entry in entries)
@@ -169,12 +180,12 @@ class RuleIndex:
                 )
 
     def _too_slow(self) -> ConfigError:
-        slowest = max(self.vetted.values(), key=lambda vetted: vetted.steps, default=None)
+        slowest = max(self._vetted.values(), key=lambda vetted: vetted.steps, default=None)
         return ConfigError(
             "QP-SKIP-PATTERN",
             f"after {self._names:,} module names",
-            f"matching has taken {MATCH_SECONDS:g} s of processor time"
-            + (f"; the costliest of {len(self.vetted)} patterns is {slowest.regex.pattern!r}" if slowest else ""),
+            f"matching has taken {self._seconds:g} s"
+            + (f"; the costliest of {len(self._vetted)} patterns is {slowest.regex.pattern!r}" if slowest else ""),
             expected=f"rules that are matched within that time on names of up to {MAX_NAME} characters",
             fix="Use fewer patterns, or paths in their place.",
         )
