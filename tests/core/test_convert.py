@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from quantplug_testkit import toys
 from safetensors.torch import load_file
 from toy_checkpoints import dense_tensors, toy_checkpoint, toy_registry, write_checkpoint
 
@@ -18,6 +17,7 @@ from quantplug.errors import ConvertError
 from quantplug.load import load_layers
 from quantplug.planner import plan
 from quantplug.writer import TensorFileWriter
+from quantplug_testkit import toys
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -62,7 +62,7 @@ def test_releasing_an_owner_forgets_its_claims_and_parameters_and_no_others() ->
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.randoms())
 def test_any_order_of_disjoint_slices_fills_a_parameter_exactly(sizes: list[int], random: object) -> None:
-    """One-dimensional writes take the neighbour shortcut; every permutation must still be accepted, every overlap not."""
+    """One-dimensional writes take the neighbour shortcut; all permutations are accepted, no overlap is."""
     ledger = Ledger()
     ledger.expect("p", (sum(sizes),))
     starts = [sum(sizes[:n]) for n in range(len(sizes))]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from quantplug_testkit import toys
 from toy_checkpoints import toy_checkpoint, toy_registry, toy_tensors, write_checkpoint
 
 from quantplug.errors import CheckpointError, LoadError, PlanError, QuantplugError
 from quantplug.kernel import Rejected
 from quantplug.load import load_layers, stored_tensors
 from quantplug.planner import plan
+from quantplug_testkit import toys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from quantplug_testkit import toys
 from toy_checkpoints import toy_checkpoint, toy_registry, toy_tensors, write_checkpoint
 
 from quantplug.errors import LoadError, RunError
@@ -17,6 +16,7 @@ from quantplug.load import load_layers
 from quantplug.modules import QuantizedLinear
 from quantplug.planner import plan
 from quantplug.schemes import SchemeCache
+from quantplug_testkit import toys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +82,7 @@ def test_reloading_writes_into_the_same_memory(empty: QuantizedLinear) -> None:
 def test_a_loader_that_brings_the_wrong_dtype_or_place_is_refused(empty: QuantizedLinear) -> None:
     empty.create_weights(Ledger())
     codes = empty.get_parameter("codes")
-    with pytest.raises(LoadError, match="loaded as torch.float32; expected torch.int8"):
+    with pytest.raises(LoadError, match=r"loaded as torch\.float32; expected torch\.int8"):
         codes.weight_loader(codes, torch.zeros(32, 32))
     with pytest.raises(LoadError, match="inside"):
         codes.weight_loader(codes, torch.zeros(32, 32, dtype=torch.int8), (1, 0))

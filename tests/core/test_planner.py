@@ -122,8 +122,18 @@ def damaged(name: str, tensor: torch.Tensor | None, directory: Path) -> Path:
     [
         ("model.layers.0.mlp.up_proj.scale", None, "QP-ST-MISSING", "lacks scale"),
         ("model.layers.0.mlp.up_proj.scale", torch.ones(48), "QP-ST-SHAPE", "shape [48]; expected [48, 1]"),
-        ("model.layers.0.mlp.up_proj.scale", torch.ones(48, 1).half(), "QP-ST-DTYPE", "dtype float16; expected float32"),
-        ("model.layers.0.mlp.up_proj.weight", torch.ones(48, 32), "QP-SKIP-AMBIGUOUS", "stores both a dense weight and"),
+        (
+            "model.layers.0.mlp.up_proj.scale",
+            torch.ones(48, 1).half(),
+            "QP-ST-DTYPE",
+            "dtype float16; expected float32",
+        ),
+        (
+            "model.layers.0.mlp.up_proj.weight",
+            torch.ones(48, 32),
+            "QP-SKIP-AMBIGUOUS",
+            "stores both a dense weight and",
+        ),
         ("model.layers.0.mlp.up_proj.zeros", torch.ones(48, 1), "QP-ST-EXTRA", "1 tensor(s) are claimed by no module"),
         ("model.layers.0.mlp.up_proj.codes", torch.ones(48).char(), "QP-ST-SHAPE", "codes are [48]"),
     ],

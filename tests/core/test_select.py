@@ -6,7 +6,6 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-from quantplug_testkit import toys
 from toy_checkpoints import toy_registry
 
 from quantplug.errors import PlanError
@@ -19,6 +18,7 @@ from quantplug.plugins import build_registry
 from quantplug.policy import Policy
 from quantplug.select import select
 from quantplug.spec import ElementType, LinearProblem, PerChannel, PerGroup, SegmentSpec, WeightSpec
+from quantplug_testkit import toys
 
 CPU = Platform.parse("cpu")
 MODULE = ModuleInfo("model.layers.0.mlp.up_proj", "linear")

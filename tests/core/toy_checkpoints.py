@@ -8,10 +8,10 @@ import json
 from typing import TYPE_CHECKING
 
 import torch
-from quantplug_testkit import toys
 from safetensors.torch import save_file
 
 from quantplug.plugins import build_registry
+from quantplug_testkit import toys
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -112,8 +112,9 @@ def _read(value: Json, hint: Any, where: str) -> Any:
 
 
 def _read_union(value: Json, hint: Any, where: str) -> Any:
-    members = typing.get_args(hint) or (hint,)
-    classes = {member.__name__: member for member in members if dataclasses.is_dataclass(member)}
+    members: tuple[Any, ...] = typing.get_args(hint) or (hint,)
+    classes: dict[str, type] = {member.__name__: member for member in members if isinstance(member, type)}
+    classes = {name: cls for name, cls in classes.items() if dataclasses.is_dataclass(cls)}
     if isinstance(value, dict) and classes:
         name = value.get(_TAG)
         if not isinstance(name, str) or name not in classes or name not in _CLASSES:

@@ -41,7 +41,9 @@ class StagedDirectory:
         self.path.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             return

@@ -38,7 +38,9 @@ class TensorFileWriter:
     A context manager: leaving it without an error checks that every tensor was written, and syncs the file.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]):
+    def __init__(
+        self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
         """
         Lay the file out.
 
@@ -78,7 +80,9 @@ class TensorFileWriter:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is None:
             return
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from quantplug_cli.grouping import braces, fold, ranges
-from quantplug_cli.text import choices, size, verdict
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected
 from quantplug.plan import Choice, Decision
+from quantplug_cli.grouping import braces, fold, ranges
+from quantplug_cli.text import choices, size, verdict
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,13 @@ def plugins(*, as_json: AsJson = False, verbose: Verbose = False) -> None:
 
 def describe(registry: Registry) -> dict[str, Json]:
     """Return everything the command shows, as JSON."""
-    from quantplug.serial import plain
+    from quantplug.serial import plain, to_json
 
     provided = _provided(registry)
     return {
         "api": _api_version(),
-        "plugins": [{**plain(info), "provides": provided.get(info.distribution, {})} for info in registry.plugins],
+        "plugins": [plain(info) for info in registry.plugins],
+        "provides": to_json(provided),
         "failures": [plain(failure) for failure in registry.failures],
         "disabled": [plain(item) for item in registry.disabled],
         "conflicts": [plain(conflict) for conflict in registry.conflicts],
