@@ -1,5 +1,5 @@
 """
-From a dense checkpoint to a quantized one: streaming, layer by layer, into a directory that appears whole or not at all.
+From a dense checkpoint to a quantized one: streaming, into a directory that appears whole or not at all.
 """
 
 from __future__ import annotations

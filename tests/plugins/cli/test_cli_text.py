@@ -15,9 +15,9 @@ from quantplug_cli.text import choices, size, verdict
     [
         (["lm_head"], "lm_head"),
         (["model.layers.3.mlp.up_proj"], "model.layers.3.mlp.up_proj"),
-        ([f"model.layers.{n}.mlp.{m}_proj" for n in range(30) for m in ("gate", "up")], "model.layers.0-29.mlp.{gate,up}_proj"),
+        ([f"layers.{n}.mlp.{m}_proj" for n in range(30) for m in ("gate", "up")], "layers.0-29.mlp.{gate,up}_proj"),
         ([f"model.layers.{n}.mlp.up_proj" for n in (0, 1, 2, 7)], "model.layers.0-2,7.mlp.up_proj"),
-        (["model.norm", *(f"model.layers.{n}.input_layernorm" for n in range(4))], "model.norm, model.layers.0-3.input_layernorm"),
+        (["m.norm", *(f"m.layers.{n}.input_layernorm" for n in range(4))], "m.norm, m.layers.0-3.input_layernorm"),
         ([f"m.{n}.e.{k}.w" for n in range(2) for k in range(2)], "m.*.e.*.w"),
         (["a.x", "b.y", "c.z", "d.w"], "a.x, b.y and 2 more"),
     ],
