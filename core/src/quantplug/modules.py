@@ -68,11 +68,11 @@ class QuantizedLinear(torch.nn.Module):
         self._choices: tuple[tuple[Choice, LinearKernel], ...] = tuple(
             (choice, registry.kernel(choice.kernel).item) for choice in decision.choices
         )
-        self._kernel: LinearKernel | None = self._choices[0][1] if len(self._choices) == 1 else None
         self._dtype: torch.dtype = getattr(torch, layer.problem.dtype)
-        self._device = torch.device("cpu")
+        self._device: torch.device | None = None
         self._parts: tuple[Prepared, ...] = ()
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
+        self._only: tuple[LinearKernel, Prepared, torch.Tensor | None] | None = None
         self._ledger: Ledger | None = None
 
     @property
@@ -191,6 +191,8 @@ class QuantizedLinear(torch.nn.Module):
             if bias is not None:
                 self.register_buffer(f"prepared_{number}_bias", bias, persistent=False)
         self._parts, self._part_biases, self._device = parts, biases, device
+        if len(parts) == len(self._choices) == 1:
+            self._only = (self._choices[0][1], parts[0], biases[0])
 
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         tensor = torch.empty(shape, dtype=dtype)
@@ -227,9 +229,13 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` for x `[..., K]` of the planned dtype on the layer's device."""
-        if x.shape[-1] != self.in_features or x.dtype != self._dtype or x.device != self._device or not self._parts:
+        # A decoding step calls this hundreds of times; every attribute looked up here shows in tokens per second.
+        if x.shape[-1] != self.in_features or x.dtype != self._dtype or x.device != self._device:
             self._refuse(x)
-        kernel = self._kernel or self._kernel_for(x)
+        if self._only is not None:
+            kernel, part, bias = self._only
+            return kernel.apply(x, part, bias)
+        kernel = self._kernel_for(x)
         if len(self._parts) == 1:
             return kernel.apply(x, self._parts[0], self._part_biases[0])
         return torch.cat(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from quantplug.kernel import LinearKernel, Rejected, Traits, Verdict
 from quantplug_cpu.accept import packed_verdict
 from quantplug_cpu.fit import refuse
+from quantplug_cpu.lazy import PRODUCTS, import_product
 from quantplug_cpu.slots import ROWS
 
 if TYPE_CHECKING:
@@ -52,13 +53,12 @@ class Int4Kernel(LinearKernel):
         """Pack codes two to a byte, and scales with what zero points add, in the operator's order."""
         from quantplug_cpu.prepare import prepare
 
+        import_product(1)
         return prepare(problem, segments, 1, self.layout_id, out)
 
     def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply by the operator or by tiles, whichever is faster for that many rows."""
-        from quantplug_cpu.product import multiply
-
-        return multiply(x, prepared, bias)
+        return (PRODUCTS.get(1) or import_product(1))(x, prepared, bias)
 
     def dequantize(self, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
         """Return `(code - zero) * scale` with the scale as it is held."""

@@ -12,6 +12,7 @@ from quantplug.spec import PerGroup
 from quantplug_cpu.accept import TILES, Rates, packed_verdict
 from quantplug_cpu.fit import FAST_DTYPE, SCALE_BYTES, entitled_bytes, refuse
 from quantplug_cpu.int4 import probe_packed
+from quantplug_cpu.lazy import PRODUCTS, import_product
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,20 +64,17 @@ class Int8Kernel(LinearKernel):
         if keeps_bytes(problem):
             from quantplug_cpu.rowwise import prepare as prepare_rowwise
 
+            import_product(0)
             return prepare_rowwise(problem, segments, self.layout_id, out)
         from quantplug_cpu.prepare import prepare
 
+        import_product(2)
         return prepare(problem, segments, 2, self.layout_id, out)
 
     def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply by an operator or by tiles, whichever is faster for that many rows."""
-        if prepared.meta["planes"]:
-            from quantplug_cpu.product import multiply
-
-            return multiply(x, prepared, bias)
-        from quantplug_cpu.rowwise import multiply as multiply_rowwise
-
-        return multiply_rowwise(x, prepared, bias)
+        planes = prepared.meta["planes"]
+        return (PRODUCTS.get(planes) or import_product(planes))(x, prepared, bias)
 
     def dequantize(self, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
         """Return `(code - zero) * scale` with the scale as it is held."""

@@ -15,7 +15,7 @@ import torch
 
 from quantplug.spec import PerGroup, PerTensor, group_count
 from quantplug.weight import Prepared
-from quantplug_cpu.fit import FAST_DTYPE
+from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS_PACKED
 from quantplug_cpu.layout import known, pack
 from quantplug_cpu.slots import Slots, arrange, filled, group_sizes, stays_in_order
 
@@ -88,8 +88,10 @@ def prepare(
             fill.take("g_idx", (problem.in_features,), torch.int32).copy_(part[0].g_idx)
         meta |= {f"rows.{number}": rows, f"pad.{number}": pad}
         meta |= {f"groups.{number}": groups, f"group.{number}": inputs.slots.group}
-    plain = fast and planes == 1 and len(parts) == 1 and "columns.0" not in tensors
-    meta["direct"] = int(plain and meta["pad.0"] == 0 and meta["rows.0"] == tensors["packed.0"].shape[0])
+    one = len(parts) == 1
+    meta["few"] = MANY_ROWS_PACKED if fast and one else 0
+    meta["direct"] = int(planes == 1 and meta["pad.0"] == 0 and "columns.0" not in tensors)
+    meta["empty"] = tensors["packed.0"].shape[0] - meta["rows.0"]
     if out is None:
         return Prepared(layout_id, problem, tensors, meta)
     if tensors.keys() != out.tensors.keys() or meta != out.meta:

@@ -11,51 +11,50 @@ import torch
 
 from quantplug.spec import PerTensor
 from quantplug.weight import Weight
-from quantplug_cpu.fit import FAST_DTYPE
+from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS_PACKED
 from quantplug_cpu.prepare import arrange_inputs
 from quantplug_cpu.tiles import linear_by_tiles, packed_codes, packed_values
 
 if TYPE_CHECKING:
     from quantplug.weight import Prepared
 
-MANY_ROWS = 64
-"""Rows from which on dequantized tiles beat the operator; see benchmarks/README.md."""
-
 _OPERATOR = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
 def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return `[..., N]` for x `[..., K]`: by the operator where it is fast, else by tiles."""
-    meta = prepared.meta
-    inputs = x.shape[-1]
-    rows = x.numel() // inputs
-    if not meta["direct"] or rows >= MANY_ROWS or x.requires_grad:
-        return _multiply_any(x, prepared, bias, rows)
-    tensors = prepared.tensors
-    # The operator reads x as if it were contiguous.
-    flat = (x if x.dim() == 2 else x.reshape(rows, inputs)).contiguous()
-    y: torch.Tensor = _OPERATOR(flat, tensors["packed.0"], meta["group.0"], tensors["pairs.0"])
-    if bias is not None:
-        y.add_(bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    """
+    Return `[..., N]` for x `[..., K]`: by the operator where it is fast, else by tiles.
+
+    Few rows of one sequence come first and with as few steps as can be: that is what a decoding step consists of.
+    """
+    meta, shape = prepared.meta, x.shape
+    sequence = len(shape) == 3 and shape[0] == 1
+    if (sequence or len(shape) == 2) and 0 < shape[-2] < meta["few"] and not x.requires_grad:
+        tensors = prepared.tensors
+        flat = x.squeeze(0) if sequence else x
+        # The operator reads x as if it were contiguous.
+        flat = flat.contiguous() if meta["direct"] else _to_slots(flat, prepared, 0, planes=meta["planes"])
+        y: torch.Tensor = _OPERATOR(flat, tensors["packed.0"], meta["group.0"], tensors["pairs.0"])
+        if meta["empty"]:
+            y = y[:, : meta["rows.0"]].contiguous()
+        if bias is not None:
+            y.add_(bias)
+        return y.unsqueeze(0) if sequence else y
+    return _multiply_any(x, prepared, bias)
 
 
-def _multiply_any(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
+def _multiply_any(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = x.numel() // x.shape[-1]
     flat = x.reshape(rows, x.shape[-1])
-    if prepared.problem.dtype == FAST_DTYPE:
-        by_tiles = rows >= MANY_ROWS or x.requires_grad
-        parts = [_part(flat, prepared, number, by_tiles=by_tiles) for number in range(prepared.meta["parts"])]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if bias is not None:
-            y = y + bias
-    else:
-        flat = flat.to(torch.float32)
-        parts = [_part(flat, prepared, number, by_tiles=True) for number in range(prepared.meta["parts"])]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if bias is not None:
-            y = y + bias.to(torch.float32)
-        y = y.to(x.dtype)
-    return y.view(*x.shape[:-1], y.shape[1])
+    by_tiles = rows >= MANY_ROWS_PACKED or x.requires_grad
+    if prepared.problem.dtype != FAST_DTYPE:
+        by_tiles, flat = True, flat.to(torch.float32)
+        bias = None if bias is None else bias.to(torch.float32)
+    parts = [_part(flat, prepared, number, by_tiles=by_tiles) for number in range(prepared.meta["parts"])]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 def _part(x: torch.Tensor, prepared: Prepared, number: int, *, by_tiles: bool) -> torch.Tensor:
@@ -67,7 +66,7 @@ def _part(x: torch.Tensor, prepared: Prepared, number: int, *, by_tiles: bool) -
     if by_tiles:
         y = linear_by_tiles(x, packed, _scales(prepared, number), tensors.get(f"zeros.{number}"), planes)
     else:
-        y = _OPERATOR(x.contiguous(), packed, meta[f"group.{number}"], tensors[f"pairs.{number}"])
+        y = _OPERATOR(x, packed, meta[f"group.{number}"], tensors[f"pairs.{number}"])
     return y if y.shape[1] == meta[f"rows.{number}"] else y[:, : meta[f"rows.{number}"]].contiguous()
 
 
@@ -79,7 +78,7 @@ def _to_slots(x: torch.Tensor, prepared: Prepared, number: int, *, planes: int) 
     columns = prepared.tensors.get(f"columns.{number}")
     if columns is not None:
         return x.index_select(1, columns if planes == prepared.meta["planes"] else columns[: columns.shape[0] // 2])
-    return x if planes == 1 else torch.cat([x, x], dim=1)
+    return x.contiguous() if planes == 1 else torch.cat([x, x], dim=1)
 
 
 def _scales(prepared: Prepared, number: int) -> torch.Tensor:

@@ -97,15 +97,17 @@ def prepare(problem: LinearProblem, segments: Sequence[Weight], layout_id: str, 
 
 def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `[..., N]` for x `[..., K]`: by the operator where it is fast, else by tiles."""
-    meta, tensors = prepared.meta, prepared.tensors
-    inputs = x.shape[-1]
-    rows = x.numel() // inputs
-    flat = x if x.dim() == 2 else x.reshape(rows, inputs)
+    meta, tensors, shape = prepared.meta, prepared.tensors, x.shape
+    sequence = len(shape) == 3 and shape[0] == 1
+    if not sequence and len(shape) != 2:
+        y = multiply(x.reshape(x.numel() // shape[-1], shape[-1]), prepared, bias)
+        return y.view(*shape[:-1], y.shape[1])
+    flat = x.squeeze(0) if sequence else x
     if meta["pad"]:
         flat = torch.nn.functional.pad(flat, (0, meta["pad"]))
-    if 0 < rows < meta["many"] and not x.requires_grad:
+    if 0 < shape[-2] < meta["many"] and not x.requires_grad:
         # The operator wants x contiguous, and takes no x without rows.
-        y: torch.Tensor = _OPERATOR(flat.contiguous(), tensors["codes.0"], tensors["scales.0"])
+        y = _OPERATOR(flat.contiguous(), tensors["codes.0"], tensors["scales.0"])
         if bias is not None:
             y.add_(bias)
     elif prepared.problem.dtype == FAST_DTYPE:
@@ -113,7 +115,7 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
     else:
         bias = None if bias is None else bias.to(torch.float32)
         y = _TILES(flat.to(torch.float32), tensors["codes.0"], tensors["scales.0"], bias).to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return y.unsqueeze(0) if sequence else y
 
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
