@@ -195,6 +195,40 @@ class GPTQScheme(LinearScheme):
             "g_idx": g_idx.to(torch.int32).contiguous(),
         }
 
+    def quantize(self, dense: torch.Tensor, *, hessian: torch.Tensor | None = None) -> Weight:
+        """
+        Choose codes, scales and zero points: by GPTQ where a Hessian is given, else to nearest with searched scales.
+
+        Scales are float16 with eight significant bits, which bfloat16 holds, too. Zero points of version 1 files are at
+        least 1, so that all readers agree about them.
+
+        Raises:
+            ConvertError: `QP-CONV-SPEC` when the Hessian is not `[K, K]`.
+        """
+        import torch
+
+        from quantplug.weight import Weight
+        from quantplug_gptq.rounding import Grid, round_to_nearest
+        from quantplug_gptq.solver import solve
+
+        k = dense.shape[1]
+        grid = Grid(self.bits, self.group_size, self.sym, 1 if self.checkpoint_format == V1 else 0)
+        if hessian is None:
+            rounded = round_to_nearest(dense, grid)
+        elif tuple(hessian.shape) != (k, k):
+            raise self._broken(f"a weight of {k} inputs by a Hessian {list(hessian.shape)}", f"{[k, k]}")
+        else:
+            rounded = solve(dense, hessian, grid, reorder=self._reorders)
+        trivial = torch.equal(rounded.g_idx, torch.arange(k) // self._size(k))
+        codes = rounded.codes
+        return Weight(
+            codes=codes.sub_(1 << (self.bits - 1)).view(torch.int8) if self.sym else codes,
+            scales=rounded.scales.to(torch.float16),
+            spec=self.weight_spec(),
+            zeros=None if self.sym else rounded.zeros,
+            g_idx=None if trivial else rounded.g_idx.to(torch.int32),
+        )
+
     @property
     def _reorders(self) -> bool:
         return self.desc_act and self.group_size != -1
