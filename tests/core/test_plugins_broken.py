@@ -80,6 +80,7 @@ VALUES = {
 
 FILES = {
     "has no INI file": (b"[quantplug.plugins]\nbad\n", r"line 2 is neither \[group\] nor name = value: 'bad'"),
+    "has an INI file with an open bracket": (b"[quantplug.plugins]\n[more\n", r"line 2 is neither .*: '\[more'"),
     "has an INI file without a group": (b"bad = x\n[quantplug.plugins]\n", r"line 1 is neither"),
     "has a file that is not UTF-8": (b"[other]\nx = \xff\n[quantplug.plugins]\n", r"is not UTF-8 at byte 12"),
     "has a UTF-16 file": ("[quantplug.plugins]\nbad = x\n".encode("utf-16"), r"is not UTF-8 at byte 0"),

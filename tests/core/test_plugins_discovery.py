@@ -128,6 +128,18 @@ def test_of_two_versions_in_one_directory_the_newer_counts(site):
     assert ["version 1.9 is hidden by version 1.10.0" in f.error for f in found.failures] == [True]
 
 
+def test_a_leftover_egg_info_of_the_same_version_gives_way(site):
+    """An old develop install leaves one beside what pip wrote; the two say different things."""
+    site.install("quantplug-good", version="1.0")
+    (site.directory / "quantplug_good").rename(site.directory / "moved")
+    egg = site.install("quantplug-good", info="{package}-{version}-py3.11.egg-info", metadata="", entry_points="x")
+    (egg / "PKG-INFO").write_text("Name: quantplug-good\nVersion: 1.0\n")
+    found = discover([str(site.directory)], environ={})
+    assert [p.entry for p in found.plugins] == ["quantplug-good"]
+    assert [failure.location for failure in found.failures] == [str(site.directory)]
+    assert "egg-info: version 1.0 is hidden by version 1.0 in" in found.failures[0].error
+
+
 def test_what_pip_is_about_to_remove_is_not_there(site):
     site.install("quantplug-gone", info="~uantplug_gone-{version}.dist-info")
     assert discover([str(site.directory)], environ={}).plugins == ()
