@@ -46,8 +46,8 @@ class Storage:
 
     bits: int
     group_size: int
-    sym: bool = True
-    desc_act: bool = False
+    sym: bool
+    desc_act: bool
 
 
 def read_storage(fields: Mapping[str, Json], origin: Callable[[str], str], base: Storage | None = None) -> Storage:
