@@ -118,6 +118,16 @@ def test_a_quantized_source_and_weights_that_are_not_finite_are_refused(source: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_scheme_that_only_reads_is_refused_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(toys.ToyScheme, "quantize")
+    with pytest.raises(ConvertError, match="scheme toy: reads checkpoints and does not write them") as raised:
+        run(source, tmp_path / "out")
+    assert raised.value.code == "QP-CONV-SCHEME"
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_counts_the_source_bytes(source: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     run(source, tmp_path / "out", progress=lambda *event: seen.append(event))

@@ -22,6 +22,7 @@ from quantplug.inventory import inventory_of
 from quantplug.load import tell
 from quantplug.plugins import registry as installed
 from quantplug.reader import TensorReader
+from quantplug.scheme import LinearScheme
 from quantplug.schemes import SchemeCache
 from quantplug.skip import SchemeRef
 from quantplug.source import resolve_source
@@ -125,6 +126,13 @@ def convert(
     if found.dialect:
         raise ConvertError(
             "QP-CONV-SOURCE", str(directory), f"is already quantized ({found.dialect})", expected="a dense checkpoint"
+        )
+    if registry.scheme(scheme).item.quantize is LinearScheme.quantize:
+        raise ConvertError(
+            "QP-CONV-SCHEME",
+            f"scheme {scheme}",
+            "reads checkpoints and does not write them",
+            expected="a scheme that quantizes",
         )
     inventory = inventory_of(checkpoint, model_config, registry, found)
     jobs = list(work_list(checkpoint, inventory, Wish(scheme, params, head, tuple(skip)), SchemeCache(registry)))

@@ -78,6 +78,7 @@ _CODES: dict[str, str] = {
     "QP-CONV-EXISTS": "the destination exists and is not an interrupted conversion of the same source",
     "QP-CONV-SPACE": "the destination disk is full or not writable",
     "QP-CONV-SOURCE": "the source is not a dense checkpoint",
+    "QP-CONV-SCHEME": "the scheme that is to be written can only be read",
     "QP-CONV-VALUE": "a dense weight is NaN or infinite and cannot be quantized",
     "QP-CONV-SPEC": "a weight does not obey the contract of the scheme that is to write it",
     "QP-CONV-CALIBRATION": "the calibration text is missing, too short or the model cannot be run",

@@ -78,22 +78,25 @@ def show(made: Plan, title: str) -> None:
 def _table(made: Plan) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from quantplug_cli.grouping import group_layers
     from quantplug_cli.text import choices, size
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    for name in ("layers", "scheme", "kernel", "rule"):
-        table.add_column(name, overflow="fold")
+    table.add_column("layers, and the rule that decided", overflow="fold")
+    table.add_column("scheme", overflow="fold")
+    table.add_column("kernel", overflow="fold")
     for name in ("n", "file", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for group in group_layers(made):
         decision = made.decision_of(group.first)
+        words = Text(group.names)
+        words.append("\n  " + "; ".join([group.first.rule, *group.first.notes]), style="dim")
         table.add_row(
-            group.names,
-            group.first.scheme or made.dtype if group.first.kind == "linear" else group.first.kind,
+            words,
+            (group.first.scheme or made.dtype) if group.first.kind == "linear" else group.first.kind,
             choices(decision) if decision is not None else "the framework's",
-            "; ".join([group.first.rule, *group.first.notes]),
             str(len(group.layers)),
             size(group.file_bytes),
             size(group.memory_bytes),
