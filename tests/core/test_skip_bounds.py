@@ -73,13 +73,17 @@ class Twin:
         if op is ops.ATOMIC_GROUP:
             ends = []
             return self.run(list(argument), at, lambda end: ends.append(end) or True) and self.run(rest, ends[0], then)
+        if str(op) == "FAILURE":  # `(?!)` since Python 3.13
+            return False
         assert op is ops.AT
         return self.edge(argument, at) and self.run(rest, at, then)
 
     def repeat(self, greedy, least, most, body, done, at, then):
         def more():
             def again(end):
-                return (end > at or done < least) and self.repeat(greedy, least, most, body, done + 1, end, then)
+                if end == at and done >= least:
+                    return then(end)  # an iteration that took nothing is the last one
+                return self.repeat(greedy, least, most, body, done + 1, end, then)
 
             return (most is ops.MAXREPEAT or done < most) and self.run(list(body), at, again)
 
@@ -119,6 +123,8 @@ class Twin:
 @example("(?:a|ab)(?:c|bcd)*", "abab", True)
 @example("(a?){3}a{3}", "aaa", True)
 @example("(a)*", "", False)
+@example("(?>(.*?)?)", "1", True)
+@example("(?:(?!)|a)b", "ab", True)
 @example(".*a.*a.*b", "aaaaaaaaa", False)
 @example("((?!b).)*a", "aaaaaaaaa", False)
 @example("(?:a*\\.)*b", "a.aa.aa.", False)

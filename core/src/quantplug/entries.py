@@ -7,6 +7,7 @@ reading makes sense of is refused here, with the place it stands at, so that an 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Never
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _GLOB = frozenset("*?[")
 _EXPRESSION = frozenset("\\^$()|{}+")
 """Characters that neither paths nor globs have."""
+_ORDINARY = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII).fullmatch
 _ENTRY = "a module path, a glob or re:EXPRESSION"
 
 
@@ -174,6 +176,8 @@ def merge_params(base: SchemeRef, changes: object, origin: str) -> SchemeRef:
 
 
 def _path_entry(text: str, where: str) -> Entry:
+    if len(text) <= MAX_NAME and _ORDINARY(text):
+        return Entry(text, EntryKind.COMPONENT, text, where)  # nearly every entry of a long list
     bare = text.strip()
     if bare.startswith("re:"):
         return _regex_entry(text, bare.removeprefix("re:"), where, "match")

@@ -49,8 +49,7 @@ class Matcher:
         self._decided = [0] * len(self._rules)
         self._seen: set[str] = set()
         self._names = NameCollection()
-        self._by_default = Ruling(default, None)
-        self._plain = [None if may_surprise(rule.entry) else Ruling(rule.use, rule) for rule in self._rules]
+        self._plain: dict[int | None, Ruling] = {None: Ruling(default, None)}
 
     def decide(self, module: ModuleInfo, stored: Collection[str] | None = None) -> Ruling:
         """
@@ -77,10 +76,13 @@ class Matcher:
         decider = own[0] if own else None
         self._count(module, own, own[:1])
         if module.kind == "linear":
-            ruling = self._by_default if decider is None else self._plain[decider]
+            ruling = self._plain.get(decider)
             if ruling is not None:
                 return ruling
-        return self._ruling(module, {module.name: decider})
+        ruling = self._ruling(module, {module.name: decider})
+        if decider is not None and module.kind == "linear" and not may_surprise(self._rules[decider].entry):
+            self._plain[decider] = ruling  # the same for every module that this rule decides
+        return ruling
 
     def report(self) -> RuleReport:
         """Return what every rule did so far, in rule order."""

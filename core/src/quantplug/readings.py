@@ -23,8 +23,8 @@ _PATTERNS = (EntryKind.GLOB, EntryKind.REGEX)
 
 
 def may_surprise(entry: Entry) -> bool:
-    """Return whether `surprises` can say anything about an entry."""
-    return entry.kind in _PATTERNS or _trailing_dot(entry) or entry.pattern in ROOTS
+    """Return whether `surprises` might say anything about an entry."""
+    return entry.text != entry.pattern or entry.pattern in ROOTS or entry.kind in _PATTERNS
 
 
 def surprises(entry: Entry, name: str) -> tuple[str, ...]:

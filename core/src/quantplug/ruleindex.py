@@ -51,7 +51,11 @@ class _Runs:
         """Add an entry under its first (`key` 0) or last (-1) component."""
         self._indices.setdefault(text, []).append(index)
         parts = text.split(".")
-        self._lengths.setdefault(parts[key], set()).add(len(parts))
+        lengths = self._lengths.get(parts[key])
+        if lengths is None:
+            self._lengths[parts[key]] = {len(parts)}
+        else:
+            lengths.add(len(parts))
 
     def starting(self, parts: Sequence[str], at: int, found: list[int]) -> None:
         """Add to `found` the entries that are runs of `parts` from `at` on."""
@@ -143,7 +147,9 @@ class RuleIndex:
                 found.append(pattern.index)
 
     def _add(self, index: int, entry: Entry) -> None:
-        if entry.kind is EntryKind.EXACT:
+        if entry.kind is EntryKind.COMPONENT:
+            self._components.add(entry.pattern, index, 0)
+        elif entry.kind is EntryKind.EXACT:
             self._exact.setdefault(entry.pattern, []).append(index)
         elif entry.kind is EntryKind.CLASS:
             self._classes.setdefault(entry.pattern, []).append(index)
@@ -151,8 +157,6 @@ class RuleIndex:
             self._parents.add(entry.pattern, index, 0)
         elif entry.kind is EntryKind.SUFFIX:
             self._suffixes.add(entry.pattern, index, -1)
-        elif entry.kind is EntryKind.COMPONENT:
-            self._components.add(entry.pattern, index, 0)
         else:
             if entry.kind is EntryKind.GLOB:
                 vetted = compile_glob(entry.pattern, entry.origin)
