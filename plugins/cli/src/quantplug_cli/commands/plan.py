@@ -84,7 +84,7 @@ def _table(made: Plan) -> Table:
     from quantplug_cli.text import choices, size
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    table.add_column("layers, and the rule that decided", overflow="fold")
+    table.add_column("layers, and the rule", overflow="fold", min_width=46)
     table.add_column("scheme", overflow="fold")
     table.add_column("kernel", overflow="fold")
     for name in ("n", "file", "memory"):
