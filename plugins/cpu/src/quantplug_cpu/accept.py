@@ -78,7 +78,7 @@ def _held_bytes(problem: LinearProblem, planes: int, slots: Slots) -> int:
     parts = sizes if weight.act_order else [sum(sizes)]
     scale = 4 * planes if problem.dtype == FAST_DTYPE else SCALE_BYTES[weight.scale_dtype]
     rows = sum(filled(size) for size in parts)
-    total = rows * (planes * slots.count // 2 + slots.groups * (scale + weight.zero_points))
+    total = 1 + rows * (planes * slots.count // 2 + slots.groups * (scale + weight.zero_points))
     if weight.act_order:
         total += len(parts) * 4 * k
     if weight.act_order or not stays_in_order(weight.granularity, k, slots):

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FAST_DTYPE = "bfloat16"
 """The dtype for which torch's packed operators are vectorised; in others they are scalar code, 20 times slower."""
 
-MANY_ROWS_PACKED = 64
-"""Rows from which on dequantized tiles beat the packed int4 operator; see benchmarks/README.md."""
+MANY_ROWS = {1: 56, 2: 28}
+"""Rows from which on dequantized tiles beat the packed operator, by nibbles per code; see benchmarks/README.md."""
 
 SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Scale dtypes that are taken."""

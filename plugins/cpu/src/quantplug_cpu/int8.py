@@ -115,7 +115,7 @@ def _bytes_verdict(problem: LinearProblem) -> Verdict:
     notes = [] if held_inputs == k else [f"x is filled up from {k} to {held_inputs} inputs"]
     if not fast:
         notes.append(f"dequantizes tiles to float32 at every call; {FAST_DTYPE} has an operator of its own")
-    held = n * (held_inputs + SCALE_BYTES[FAST_DTYPE if fast else weight.scale_dtype])
+    held = 1 + n * (held_inputs + SCALE_BYTES[FAST_DTYPE if fast else weight.scale_dtype])
     held += 4 * k * len(problem.segments) if weight.act_order else 0
     return Accepted(
         (_OPERATOR if fast else TILES).cost(n * held_inputs),

@@ -7,41 +7,25 @@ place. Where canonical codes are the view of a `[K, N]` buffer nothing is transp
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug.spec import PerGroup, PerTensor, group_count
-from quantplug.weight import Prepared
-from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS_PACKED
+from quantplug_cpu.arrange import arrange_inputs, share_order
+from quantplug_cpu.checks import check, place, survives
+from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS
 from quantplug_cpu.layout import known, pack
-from quantplug_cpu.slots import Slots, arrange, filled, group_sizes, stays_in_order
+from quantplug_cpu.slots import filled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from quantplug.spec import Granularity, LinearProblem
-    from quantplug.weight import Weight
+    from quantplug.spec import LinearProblem
+    from quantplug.weight import Prepared, Weight
+    from quantplug_cpu.arrange import Inputs
+    from quantplug_cpu.checks import Place
 
 _PIECE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """
-    Where the inputs of a weight go.
-
-    Attributes:
-        slots: the arrangement.
-        groups: int64 `[S / q]`, the weight's group that each of the operator's groups belongs to.
-        sources: int64 `[S]`, the input in each slot and K in empty ones; None when inputs stay in order.
-    """
-
-    slots: Slots
-    groups: torch.Tensor
-    sources: torch.Tensor | None
 
 
 def prepare(
@@ -50,7 +34,18 @@ def prepare(
     """
     Return the packed form of a layer whose segments share one contract.
 
-    Segments that read their inputs in one order become one weight; with several orders each becomes a part.
+    Segments that read their inputs in one order become one weight; with several orders each becomes a part. The
+    tensors of part i are
+
+    - `packed.i`: uint8 `[N, planes * S / 2]`, nibbles in the operator's order;
+    - `pairs.i`: bfloat16 `[planes * G, N, 2]`, scale and offset, for an x in bfloat16; else
+      `scales.i`: `[G, N]` as stored;
+    - `zeros.i`: uint8 `[G, N]`, zero points in the terms of the nibbles, where there are any;
+    - `columns.i`: int32 `[planes * S]`, the input that each slot takes, K for none, where inputs move;
+    - `g_idx.i`: int32 `[K]`, as given.
+
+    Here N is filled up to a multiple of 64, S and G are slots and the operator's groups. `exact` tells whether the
+    scales are those of the file.
 
     Args:
         problem: what the kernel accepted.
@@ -60,132 +55,63 @@ def prepare(
         out: an earlier result, to be overwritten.
 
     Raises:
-        ValueError: a tensor does not have the shape or dtype that the contract says, or the weight's inputs are grouped
-            differently than those of `out`.
+        ValueError: a tensor does not have the shape or dtype that the contract says, or does not fit into `out`.
     """
-    for weight in segments:
-        check(weight, problem.in_features)
-        if weight.scales.dtype != segments[0].scales.dtype:
-            raise ValueError(f"scales are {segments[0].scales.dtype} and {weight.scales.dtype}")
-    parts = _share_order(segments)
+    check(segments, problem.in_features)
+    parts = share_order(segments)
+    arranged = [
+        arrange_inputs(part[0].spec.granularity, problem.in_features, part[0].g_idx, part[0].scales.shape[1])
+        for part in parts
+    ]
     fast = problem.dtype == FAST_DTYPE
-    exact = not fast or segments[0].scales.dtype == torch.bfloat16
-    tensors: dict[str, torch.Tensor] = {}
-    meta = {"parts": len(parts), "planes": planes, "exact": int(exact)}
-    old = None if out is None else out.tensors
-    for number, part in enumerate(parts):
-        rows = sum(weight.out_features for weight in part)
-        groups = part[0].scales.shape[1]
-        inputs = arrange_inputs(part[0].spec.granularity, problem.in_features, part[0].g_idx, groups)
-        fill = Fill(tensors, old, number)
-        _pack_codes(part, inputs, planes, fill.take("packed", (filled(rows), planes * inputs.slots.count // 2)))
-        _write_scales(part, inputs, planes, fill, fast=fast)
-        pad = inputs.slots.count - problem.in_features
+    held = torch.bfloat16 if fast else segments[0].scales.dtype
+    wanted: dict[str, Place] = {"exact": ((), torch.bool)}
+    meta = {"parts": len(parts), "planes": planes, "many": MANY_ROWS[planes] if fast else 0}
+    meta["few"] = meta["many"] if len(parts) == 1 else 0
+    for number, (part, inputs) in enumerate(zip(parts, arranged, strict=True)):
+        rows, pad = _rows(part), inputs.slots.count - problem.in_features
+        for name, shape_and_dtype in _tensors(part, inputs, planes, held, fast=fast).items():
+            wanted[f"{name}.{number}"] = shape_and_dtype
+        meta[f"rows.{number}"], meta[f"empty.{number}"] = rows, filled(rows) - rows
+        meta[f"pad.{number}"] = pad if inputs.sources is None else min(pad, 1)
+        meta[f"group.{number}"], meta[f"groups.{number}"] = inputs.slots.group, part[0].scales.shape[1]
+    meta["direct"] = int(planes == 1 and not meta["pad.0"] and "columns.0" not in wanted)
+    result = place(wanted, meta, problem, layout_id, out)
+    result.tensors["exact"].fill_(survives(segments, held))
+    for number, (part, inputs) in enumerate(zip(parts, arranged, strict=True)):
+        tensors = {
+            name.rpartition(".")[0]: tensor
+            for name, tensor in result.tensors.items()
+            if name.rpartition(".")[2] == str(number)
+        }
+        _pack_codes(part, inputs, planes, tensors["packed"])
+        _write_scales(part, inputs, planes, tensors)
         if inputs.sources is not None:
-            fill.take("columns", (planes * inputs.slots.count,), torch.int32).copy_(inputs.sources.repeat(planes))
-            pad = min(pad, 1)
+            tensors["columns"].copy_(inputs.sources.repeat(planes))
         if part[0].g_idx is not None:
-            fill.take("g_idx", (problem.in_features,), torch.int32).copy_(part[0].g_idx)
-        meta |= {f"rows.{number}": rows, f"pad.{number}": pad}
-        meta |= {f"groups.{number}": groups, f"group.{number}": inputs.slots.group}
-    one = len(parts) == 1
-    meta["few"] = MANY_ROWS_PACKED if fast and one else 0
-    meta["direct"] = int(planes == 1 and meta["pad.0"] == 0 and "columns.0" not in tensors)
-    meta["empty"] = tensors["packed.0"].shape[0] - meta["rows.0"]
-    if out is None:
-        return Prepared(layout_id, problem, tensors, meta)
-    if tensors.keys() != out.tensors.keys() or meta != out.meta:
-        raise ValueError("the new weights read their inputs in another order than those they replace")
-    return out
+            tensors["g_idx"].copy_(part[0].g_idx)
+    return result
 
 
-def check(weight: Weight, in_features: int) -> None:
-    """
-    Check the shapes that the operators rely on and do not check.
-
-    Raises:
-        ValueError: names the tensor and both shapes.
-    """
-    n, k = weight.codes.shape
-    if k != in_features:
-        raise ValueError(f"codes have {k} inputs, not {in_features}")
-    groups = group_count(weight.spec.granularity, k)
-    if weight.g_idx is not None:
-        if weight.g_idx.shape != (k,):
-            raise ValueError(f"g_idx is {list(weight.g_idx.shape)}, not {[k]}")
-        groups = weight.scales.shape[1]
-        if int(weight.g_idx.min()) < 0 or int(weight.g_idx.max()) >= groups:
-            raise ValueError(f"g_idx is not within the {groups} groups that have scales")
-    shape = (1 if isinstance(weight.spec.granularity, PerTensor) else n, groups)
-    if weight.scales.shape != shape:
-        raise ValueError(f"scales are {list(weight.scales.shape)}, not {list(shape)}")
-    if (weight.zeros is None) != weight.spec.element.signed:
-        raise ValueError(f"zero points are {'missing' if weight.zeros is None else 'there'} for {weight.spec.element}")
-    if weight.zeros is not None and weight.zeros.shape != shape:
-        raise ValueError(f"zero points are {list(weight.zeros.shape)}, not {list(shape)}")
-    wanted = torch.int8 if weight.spec.element.signed else torch.uint8
-    if weight.codes.dtype != wanted:
-        raise ValueError(f"codes are {weight.codes.dtype}, not {wanted}")
+def _rows(part: Sequence[Weight]) -> int:
+    return sum(weight.out_features for weight in part)
 
 
-def arrange_inputs(granularity: Granularity, k: int, g_idx: torch.Tensor | None, groups: int) -> Inputs:
-    """Return where K inputs go that belong to G groups, evenly or as `g_idx` says."""
-    if g_idx is None:
-        slots = arrange(group_sizes(granularity, k))
-        size = granularity.size if isinstance(granularity, PerGroup) else k
-        if stays_in_order(granularity, k, slots):
-            return Inputs(slots, torch.arange(slots.groups) * slots.group // size, None)
-        index = torch.arange(k) // size
+def _tensors(part: Sequence[Weight], inputs: Inputs, planes: int, held: torch.dtype, *, fast: bool) -> dict[str, Place]:
+    """Return shape and dtype of each tensor of a part."""
+    slots, rows = inputs.slots, filled(_rows(part))
+    wanted: dict[str, Place] = {"packed": ((rows, planes * slots.count // 2), torch.uint8)}
+    if fast:
+        wanted["pairs"] = (planes * slots.groups, rows, 2), held
     else:
-        index = g_idx.to(torch.int64)
-    order = torch.argsort(index, stable=True)
-    counts = torch.bincount(index, minlength=groups)
-    sizes = Counter(counts.tolist())
-    del sizes[0]
-    slots = arrange(sizes)
-    needed = (counts + slots.group - 1) // slots.group
-    # The j-th input of a group goes to the j-th slot of that group.
-    starts = (needed.cumsum(0) - needed) * slots.group - (counts.cumsum(0) - counts)
-    sources = torch.full((slots.count,), k)
-    sources[starts[index[order]] + torch.arange(k)] = order
-    moved = not torch.equal(sources, torch.arange(k))
-    return Inputs(slots, torch.repeat_interleave(needed), sources if moved else None)
-
-
-class Fill:
-    """Hands out the tensors of one part: those of an earlier result where there is one, else new ones."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], old: Mapping[str, torch.Tensor] | None, part: int) -> None:
-        self._tensors, self._old, self._part = tensors, old, part
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        """
-        Return the tensor of that name to be filled.
-
-        Raises:
-            ValueError: the earlier result has none like it.
-        """
-        name = f"{name}.{self._part}"
-        if self._old is None:
-            tensor = torch.empty(shape, dtype=dtype)
-        else:
-            old = self._old.get(name)
-            if old is None or old.shape != shape or old.dtype != dtype:
-                raise ValueError("the new weights read their inputs in another order than those they replace")
-            tensor = old
-        self._tensors[name] = tensor
-        return tensor
-
-
-def _share_order(segments: Sequence[Weight]) -> list[Sequence[Weight]]:
-    """Return the segments as one part when all read their inputs in one order, else one part each."""
-    first = segments[0].g_idx
-    for weight in segments[1:]:
-        other = weight.g_idx
-        same = first is None if other is None else first is not None and torch.equal(first, other)
-        if not same or weight.scales.shape[1] != segments[0].scales.shape[1]:
-            return [(weight,) for weight in segments]
-    return [segments]
+        wanted["scales"] = (slots.groups, rows), held
+    if part[0].zeros is not None:
+        wanted["zeros"] = (slots.groups, rows), torch.uint8
+    if inputs.sources is not None:
+        wanted["columns"] = (planes * slots.count,), torch.int32
+    if part[0].g_idx is not None:
+        wanted["g_idx"] = tuple(part[0].g_idx.shape), torch.int32
+    return wanted
 
 
 def _pack_codes(part: Sequence[Weight], inputs: Inputs, planes: int, out: torch.Tensor) -> None:
@@ -228,17 +154,13 @@ def _shift(weight: Weight, bits: int) -> int:
     return 1 << (bits - 1) if element.signed else (1 << (bits - 1)) - (1 << (element.bits - 1))
 
 
-def _write_scales(part: Sequence[Weight], inputs: Inputs, planes: int, fill: Fill, *, fast: bool) -> None:
-    rows, groups, bits = sum(weight.out_features for weight in part), inputs.slots.groups, 4 * planes
-    shape = (groups, filled(rows))
-    if fast:
-        pairs = fill.take("pairs", (planes * groups, shape[1], 2), torch.bfloat16)
-        pairs[:, rows:] = 0
-        scales = pairs[groups * (planes - 1) :, :, 0]
-    else:
-        scales = fill.take("scales", shape, part[0].scales.dtype)
-        scales[:, rows:] = 0
-    zeros = None if part[0].zeros is None else fill.take("zeros", shape)
+def _write_scales(part: Sequence[Weight], inputs: Inputs, planes: int, tensors: dict[str, torch.Tensor]) -> None:
+    groups, bits, pairs = inputs.slots.groups, 4 * planes, tensors.get("pairs")
+    # An 8-bit code's own scale is that of its lower half.
+    scales = tensors["scales"] if pairs is None else pairs[groups * (planes - 1) :, :, 0]
+    zeros = tensors.get("zeros")
+    rows = _rows(part)
+    scales[:, rows:] = 0
     if zeros is not None:
         zeros[:, rows:] = 1 << (bits - 1)
     row = 0
@@ -248,25 +170,22 @@ def _write_scales(part: Sequence[Weight], inputs: Inputs, planes: int, fill: Fil
         scales[:, columns] = weight.scales.t().index_select(0, inputs.groups)
         if zeros is not None and weight.zeros is not None:
             zeros[:, columns] = weight.zeros.t().index_select(0, inputs.groups) + _shift(weight, bits)
-    if fast:
-        _write_pairs(pairs, scales, zeros, planes)
+    if pairs is not None:
+        _complete(pairs, scales, zeros, planes)
 
 
-def _write_pairs(pairs: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, planes: int) -> None:
+def _complete(pairs: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, planes: int) -> None:
     """
-    Write what the operator computes `(nibble - 8) * scale + offset` with.
+    Fill in what the operator computes `(nibble - 8) * scale + offset` with, beside the scales.
 
-    The offset of 4-bit codes is `(8 - zero) * scale`. An 8-bit code is `16 * high + low`, so
-    `(code - zero) * scale = (high - 8) * 16 * scale + (low - 8) * scale + (136 - zero) * scale`.
+    The offset of a 4-bit code is `(8 - zero) * scale`. An 8-bit code is `16 * high + low`, and
+    `(code - zero) * scale = ((high - 8) * 16 * scale + (128 - zero) * scale) + ((low - 8) * scale + 8 * scale)`.
     Offsets use the rounded scale, so that a code that equals its zero point stays near 0.
     """
-    groups = scales.shape[0]
     exact = scales.to(torch.float32)
-    middle = 8 if planes == 1 else 136
-    zero: int | torch.Tensor = middle - 8 if planes == 2 else 8
-    if zeros is not None:
-        zero = zeros.to(torch.float32)
-    pairs[groups * (planes - 1) :, :, 1] = exact * (middle - zero)
+    middle = 1 << (4 * planes - 1)
+    offset = 0 if zeros is None else exact * (middle - zeros.to(torch.float32))
+    pairs[: len(scales), :, 1] = offset
     if planes == 2:
-        pairs[:groups, :, 0] = exact * 16
-        pairs[:groups, :, 1] = 0
+        pairs[: len(scales), :, 0] = exact * 16
+        pairs[len(scales) :, :, 1] = exact * 8

@@ -4,15 +4,15 @@ The product with a packed weight, and the ways back from it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantplug.spec import PerTensor
 from quantplug.weight import Weight
-from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS_PACKED
-from quantplug_cpu.prepare import arrange_inputs
+from quantplug_cpu.arrange import arrange_inputs
+from quantplug_cpu.checks import refuse_rounded
+from quantplug_cpu.fit import FAST_DTYPE
 from quantplug_cpu.tiles import linear_by_tiles, packed_codes, packed_values
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
         # The operator reads x as if it were contiguous.
         flat = flat.contiguous() if meta["direct"] else _to_slots(flat, prepared, 0, planes=meta["planes"])
         y: torch.Tensor = _OPERATOR(flat, tensors["packed.0"], meta["group.0"], tensors["pairs.0"])
-        if meta["empty"]:
+        if meta["empty.0"]:
             y = y[:, : meta["rows.0"]].contiguous()
         if bias is not None:
             y.add_(bias)
@@ -46,9 +46,9 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
 def _multiply_any(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.numel() // x.shape[-1]
     flat = x.reshape(rows, x.shape[-1])
-    by_tiles = rows >= MANY_ROWS_PACKED or x.requires_grad
+    by_tiles = rows >= prepared.meta["many"] or x.requires_grad
     if prepared.problem.dtype != FAST_DTYPE:
-        by_tiles, flat = True, flat.to(torch.float32)
+        flat = flat.to(torch.float32)
         bias = None if bias is None else bias.to(torch.float32)
     parts = [_part(flat, prepared, number, by_tiles=by_tiles) for number in range(prepared.meta["parts"])]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -67,7 +67,7 @@ def _part(x: torch.Tensor, prepared: Prepared, number: int, *, by_tiles: bool) -
         y = linear_by_tiles(x, packed, _scales(prepared, number), tensors.get(f"zeros.{number}"), planes)
     else:
         y = _OPERATOR(x, packed, meta[f"group.{number}"], tensors[f"pairs.{number}"])
-    return y if y.shape[1] == meta[f"rows.{number}"] else y[:, : meta[f"rows.{number}"]].contiguous()
+    return y[:, : meta[f"rows.{number}"]].contiguous() if meta[f"empty.{number}"] else y
 
 
 def _to_slots(x: torch.Tensor, prepared: Prepared, number: int, *, planes: int) -> torch.Tensor:
@@ -117,8 +117,7 @@ def unprepare(prepared: Prepared, kernel: str) -> tuple[Weight, ...]:
     Raises:
         NotImplementedError: scales were rounded to bfloat16 on the way in.
     """
-    if not prepared.meta["exact"]:
-        raise NotImplementedError(f"kernel {kernel} holds scales rounded to {FAST_DTYPE}")
+    refuse_rounded(prepared, kernel)
     spec = prepared.problem.segments[0].weight
     planes, signed = prepared.meta["planes"], spec.element.signed
     bits = 4 * planes
@@ -141,8 +140,8 @@ def unprepare(prepared: Prepared, kernel: str) -> tuple[Weight, ...]:
             weights.append(
                 Weight(
                     codes=codes[rows].view(torch.int8) if signed else codes[rows],
-                    scales=scales[shared].index_select(1, first),
-                    spec=replace(spec, scale_dtype=str(scales.dtype).removeprefix("torch.")),
+                    scales=scales[shared].index_select(1, first).to(getattr(torch, spec.scale_dtype)),
+                    spec=spec,
                     zeros=None if zeros is None else zeros.t()[shared].index_select(1, first) - shift,
                     g_idx=g_idx,
                 )

@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantplug.spec import PerTensor
-from quantplug.weight import Prepared, Weight
+from quantplug.weight import Weight
+from quantplug_cpu.checks import check, place, refuse_rounded, survives
 from quantplug_cpu.fit import FAST_DTYPE
 from quantplug_cpu.int8 import STEP
 from quantplug_cpu.ops import differentiate, register
-from quantplug_cpu.prepare import Fill, check
 from quantplug_cpu.tiles import tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantplug.spec import LinearProblem
+    from quantplug.weight import Prepared
+    from quantplug_cpu.checks import Place
 
-MANY_ROWS = 32
-MANY_ROWS_LARGE = 16
-LARGE_WEIGHTS = 1 << 22
-"""Rows from which on tiles beat the operator, for layers of fewer weights than this and for larger ones."""
+_MANY_ROWS, _MANY_ROWS_LARGE = 24, 16
+_LARGE_WEIGHTS = 1 << 22
+# Rows from which on tiles beat the operator, for layers of fewer weights than that and for larger ones; see
+# benchmarks/README.md.
 
 _PIECE_BYTES = 1 << 20
 
@@ -64,35 +66,35 @@ def prepare(problem: LinearProblem, segments: Sequence[Weight], layout_id: str, 
     Raises:
         ValueError: a tensor does not have the shape or dtype that the contract says.
     """
-    for weight in segments:
-        check(weight, problem.in_features)
-        if weight.scales.dtype != segments[0].scales.dtype:
-            raise ValueError(f"scales are {segments[0].scales.dtype} and {weight.scales.dtype}")
+    check(segments, problem.in_features)
     fast = problem.dtype == FAST_DTYPE
-    stored = segments[0].scales.dtype
+    held = torch.bfloat16 if fast else segments[0].scales.dtype
     k, n = problem.in_features, problem.out_features
     pad = -k % STEP
-    tensors: dict[str, torch.Tensor] = {}
-    fill = Fill(tensors, None if out is None else out.tensors, 0)
+    wanted: dict[str, Place] = {
+        "exact": ((), torch.bool),
+        "codes.0": ((n, k + pad), torch.int8),
+        "scales.0": ((n,), held),
+        **{f"g_idx.{i}": ((k,), torch.int32) for i, weight in enumerate(segments) if weight.g_idx is not None},
+    }
+    large = n * k >= _LARGE_WEIGHTS
+    meta = {"planes": 0, "pad": pad, "many": (_MANY_ROWS_LARGE if large else _MANY_ROWS) if fast else 0}
     codes = segments[0].codes
     if out is None and len(segments) == 1 and not pad and codes.is_contiguous():
-        tensors["codes.0"] = codes
+        del wanted["codes.0"]
+        rest = place(wanted, meta, problem, layout_id, None)
+        result = replace(rest, tensors={"codes.0": codes, **rest.tensors})
     else:
-        _copy_codes(segments, fill.take("codes", (n, k + pad), torch.int8), k)
-    scales = fill.take("scales", (n,), torch.bfloat16 if fast else stored)
-    scales.copy_(torch.cat([weight.scales[:, 0].expand(weight.out_features) for weight in segments]))
+        result = place(wanted, meta, problem, layout_id, out)
+        _copy_codes(segments, result.tensors["codes.0"], k)
+    result.tensors["exact"].fill_(survives(segments, held))
+    result.tensors["scales.0"].copy_(
+        torch.cat([weight.scales[:, 0].expand(weight.out_features) for weight in segments])
+    )
     for number, weight in enumerate(segments):
         if weight.g_idx is not None:
-            numbered = Fill(tensors, None if out is None else out.tensors, number)
-            numbered.take("g_idx", (k,), torch.int32).copy_(weight.g_idx)
-    many = MANY_ROWS_LARGE if codes.numel() >= LARGE_WEIGHTS else MANY_ROWS
-    exact = not fast or stored == torch.bfloat16
-    meta = {"planes": 0, "exact": int(exact), "pad": pad, "many": many if fast else 0}
-    if out is None:
-        return Prepared(layout_id, problem, tensors, meta)
-    if tensors.keys() != out.tensors.keys() or meta != out.meta:
-        raise ValueError("the new weights have other scales or another g_idx than those they replace")
-    return out
+            result.tensors[f"g_idx.{number}"].copy_(weight.g_idx)
+    return result
 
 
 def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
@@ -135,20 +137,19 @@ def unprepare(prepared: Prepared, kernel: str) -> tuple[Weight, ...]:
     Raises:
         NotImplementedError: scales were rounded to bfloat16 on the way in.
     """
-    if not prepared.meta["exact"]:
-        raise NotImplementedError(f"kernel {kernel} holds scales rounded to {FAST_DTYPE}")
+    refuse_rounded(prepared, kernel)
     codes, scales = prepared.tensors["codes.0"], prepared.tensors["scales.0"].unsqueeze(1)
     weights: list[Weight] = []
     row = 0
     for number, segment in enumerate(prepared.problem.segments):
         rows = slice(row, row + segment.out_features)
         row = rows.stop
-        spec = replace(segment.weight, scale_dtype=str(scales.dtype).removeprefix("torch."))
+        spec = segment.weight
         shared = slice(rows.start, rows.start + 1) if isinstance(spec.granularity, PerTensor) else rows
         weights.append(
             Weight(
                 codes=codes[rows, : prepared.problem.in_features],
-                scales=scales[shared],
+                scales=scales[shared].to(getattr(torch, spec.scale_dtype)),
                 spec=spec,
                 g_idx=prepared.tensors.get(f"g_idx.{number}"),
             )
