@@ -201,8 +201,9 @@ CALLS = {
 
 DIALECT = """
 from quantplug.config import Dialect
-def dialect(name, methods, files=()):
+def dialect(name, methods, files=(), writes=frozenset()):
     body = {**dict.fromkeys(Dialect.__abstractmethods__, print), "name": name, "methods": methods, "files": files}
+    body["writes"] = writes
     return type("D", (Dialect,), body)()
 """
 
@@ -213,6 +214,7 @@ DIALECTS = {
     ),
     "has a dialect that shouts": ("dialect('a', ('GPTQ',))", r"has methods \('GPTQ',\); expected lower case"),
     "has a dialect with odd files": ("dialect('a', ('x',), 3)", r"has files 3; expected a tuple of strings"),
+    "has a dialect that writes odd things": ("dialect('a', ('x',), (), 'x')", r"has writes 'x'; expected a frozenset"),
     "has two dialects for one method": ("dialect('a', ('x',)), dialect('b', ('x',))", r"b: answers to 'x' as 'a' does"),
 }
 

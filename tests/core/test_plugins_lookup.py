@@ -142,9 +142,28 @@ def test_several_hosts_and_none_named_is_an_error_that_lists_them():
     with pytest.raises(PluginError) as caught:
         found.host()
     assert str(caught.value) == (
-        "host: several are installed: one (plug-a), two (plug-a); expected the name of one. "
-        "Say which one is to run the model [QP-PLUG-CONFLICT]"
+        "host: several are installed: one (plug-a), two (plug-a); expected one, or the name of one. "
+        "Say which one is meant, or keep the others out with QUANTPLUG_DISABLE_PLUGINS [QP-PLUG-CONFLICT]"
     )
+
+
+def test_the_writer_of_a_scheme_is_the_one_dialect_that_says_so():
+    writer = concrete(Dialect, name="w", methods=("w",), writes=frozenset({"gptq"}))
+    both = plugin(schemes=[SCHEME], dialects=[dialect("silent", "s"), writer()])
+    assert build_registry({"plug-a": both}).dialect_writing("gptq").item.name == "w"
+    other = plugin(dialects=[concrete(Dialect, name="v", methods=("v",), writes=frozenset({"gptq"}))()])
+    with pytest.raises(
+        PluginError, match=r"dialect that writes 'gptq': several are installed: v \(plug-b\), w \(plug-a\)"
+    ) as e:
+        build_registry({"plug-a": both, "plug-b": other}).dialect_writing("gptq")
+    assert e.value.code == "QP-PLUG-CONFLICT"
+
+
+def test_a_scheme_that_nobody_writes_is_an_error_as_is_one_that_is_not_there():
+    with pytest.raises(PluginError, match=r"dialect that writes 'gptq': no installed plugin provides it\. Install"):
+        build_registry({"plug-a": plugin(schemes=[SCHEME])}).dialect_writing("gptq")
+    with pytest.raises(PluginError, match="scheme 'gptq': no installed plugin provides it"):
+        build_registry({}).dialect_writing("gptq")
 
 
 def test_a_contested_host_is_not_simply_missing():

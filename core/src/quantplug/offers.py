@@ -204,6 +204,8 @@ def _dialect(item: Any, where: str) -> str:
     _instance(item, where, Dialect)
     _strings(item.methods, where, "methods")
     _strings(item.files, where, "files")
+    if not isinstance(item.writes, frozenset):
+        raise PluginError("QP-PLUG-CALL", where, f"has writes {item.writes!r}", expected="a frozenset of scheme names")
     if any(method != method.lower() for method in item.methods):
         raise PluginError("QP-PLUG-CALL", where, f"has methods {item.methods!r}", expected="lower case")
     return _named(item.name, where)

@@ -180,16 +180,8 @@ class Registry:
         """
         if name is not None:
             return self._lookup("host", name, self.hosts)
-        if len(self.hosts) > 1:
-            raise PluginError(
-                "QP-PLUG-CONFLICT",
-                "host",
-                f"several are installed: {_listing(self.hosts)}",
-                expected="the name of one",
-                fix="Say which one is to run the model",
-            )
-        for only in self.hosts.values():
-            return only
+        if self.hosts:
+            return self._only("host", self.hosts)
         claimed = next((conflict for conflict in self.conflicts if conflict.kind == "host"), None)
         raise claimed.error() if claimed else self._missing("host", "", self.hosts)
 
@@ -199,22 +191,36 @@ class Registry:
         return self._lookup("quant_method", method, methods)
 
     def dialect_writing(self, scheme: str) -> Provided[Dialect]:
-        """Return the dialect that describes checkpoints of a scheme; raises PluginError `QP-PLUG-MISSING`."""
+        """
+        Return the dialect that describes checkpoints of a scheme.
+
+        Raises:
+            PluginError: `QP-PLUG-MISSING` when there is no such scheme or nobody describes it, `QP-PLUG-CONFLICT` when
+                several do.
+
+        """
         self.scheme(scheme)
-        for provided in self.dialects.values():
-            if scheme in provided.item.writes:
-                return provided
-        raise PluginError(
-            "QP-PLUG-MISSING",
-            f"scheme {scheme}",
-            "no installed dialect can describe a checkpoint of it, so none can be written",
-            expected=f"a dialect that writes {scheme}",
-        )
+        writers = {name: provided for name, provided in self.dialects.items() if scheme in provided.item.writes}
+        if writers:
+            return self._only(f"dialect that writes {scheme!r}", writers)
+        raise self._missing("dialect that writes", scheme, writers)
 
     def architecture_for(self, model_type: str) -> Provided[Architecture] | None:
         """Return the name rules of that `model_type`, None when nobody described it; raises `QP-PLUG-CONFLICT`."""
         self._refuse_conflict("model_type", model_type)
         return next((a for a in self.architectures if model_type in a.item.model_types), None)
+
+    def _only(self, kind: str, mapping: Mapping[str, Provided[T]]) -> Provided[T]:
+        only, *others = mapping.values()
+        if others:
+            raise PluginError(
+                "QP-PLUG-CONFLICT",
+                kind,
+                f"several are installed: {_listing(mapping)}",
+                expected="one, or the name of one",
+                fix="Say which one is meant, or keep the others out with QUANTPLUG_DISABLE_PLUGINS",
+            )
+        return only
 
     def _lookup(self, kind: str, name: str, mapping: Mapping[str, Provided[T]]) -> Provided[T]:
         self._refuse_conflict(kind, name)
