@@ -83,9 +83,9 @@ def _table(made: Plan) -> Table:
     from quantplug_cli.grouping import group_layers
     from quantplug_cli.text import choices, size
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    table.add_column("layers, and the rule", overflow="fold", min_width=46)
-    table.add_column("scheme", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False, padding=(0, 1, 0, 0))
+    table.add_column("layers, and the rule", overflow="fold", min_width=44)
+    table.add_column("scheme", overflow="fold", max_width=20)
     table.add_column("kernel", overflow="fold")
     for name in ("n", "file", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -96,7 +96,7 @@ def _table(made: Plan) -> Table:
         table.add_row(
             words,
             (group.first.scheme or made.dtype) if group.first.kind == "linear" else group.first.kind,
-            choices(decision) if decision is not None else "the framework's",
+            choices(decision) if decision is not None else "dense",
             str(len(group.layers)),
             size(group.file_bytes),
             size(group.memory_bytes),
@@ -106,25 +106,33 @@ def _table(made: Plan) -> Table:
 
 def _refusals(made: Plan) -> list[str]:
     """Return one line per kernel that some decision refused or passed over, with the reasons and how often."""
-    from quantplug.kernel import Rejected
+    from quantplug.kernel import Accepted, Rejected
 
     layers = Counter(layer.decision for layer in made.layers if layer.decision is not None)
     reasons: dict[str, Counter[str]] = {}
+    slower: dict[str, list[tuple[float, int]]] = {}
     for index, decision in enumerate(made.decisions):
         chosen = {choice.kernel for choice in decision.choices}
+        best = next(c.verdict for c in decision.candidates if c.kernel == decision.kernel)
         for candidate in decision.candidates:
             if candidate.kernel in chosen:
                 continue
             if isinstance(candidate.verdict, Rejected):
-                text = candidate.verdict.reason
-            else:
-                best = next(c.verdict for c in decision.candidates if c.kernel == decision.kernel)
-                ours = 0.0 if isinstance(best, Rejected) else best.cost.at(1)
-                text = (
-                    f"fits, estimated {candidate.verdict.cost.at(1) / ours:.1f} x the time at M = 1" if ours else "fits"
-                )
-            reasons.setdefault(candidate.kernel, Counter())[text] += layers[index]
-    return [
+                reasons.setdefault(candidate.kernel, Counter())[candidate.verdict.reason] += layers[index]
+            elif isinstance(best, Accepted):
+                times = candidate.verdict.cost.at(1) / best.cost.at(1)
+                slower.setdefault(candidate.kernel, []).append((times, layers[index]))
+    lines = [
+        f"not {kernel}: fits, estimated {_span([times for times, _ in found])} x the time at M = 1 "
+        f"({sum(count for _, count in found)} layers)"
+        for kernel, found in slower.items()
+    ]
+    return lines + [
         f"not {kernel}: " + "; ".join(f"{text} ({count} layers)" for text, count in counter.most_common(3))
         for kernel, counter in reasons.items()
     ]
+
+
+def _span(values: list[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
