@@ -14,8 +14,9 @@ def test_a_tensor_is_claimed_by_one_owner_only() -> None:
     ledger = Ledger()
     ledger.claim("a.qweight", "a")
     ledger.claim("a.qweight", "a")
-    with pytest.raises(LoadError, match=r"a\.qweight: claimed by b and by a; expected exactly one module"):
+    with pytest.raises(LoadError, match=r"a\.qweight: claimed by b and by a; expected exactly one module") as raised:
         ledger.claim("a.qweight", "b")
+    assert raised.value.code == "QP-LOAD-CLAIM"
     assert ledger.unclaimed(("a.qweight", "a.scales")) == ("a.scales",)
 
 

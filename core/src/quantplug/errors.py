@@ -33,7 +33,6 @@ _CODES: dict[str, str] = {
     "QP-CFG-CONTRADICTION": "two sources of configuration contradict each other",
     "QP-CFG-OVERRIDE": "the caller's wish contradicts the checkpoint",
     "QP-CFG-REFUSED": "a format is recognised and deliberately not supported",
-    "QP-CFG-GROUP": "a group size does not fit a layer",
     # skip rules
     "QP-SKIP-PATTERN": "a pattern is malformed, too long or could run without bound",
     "QP-SKIP-SHARDS": "the shards of a fused module, or the experts of a layer, are not all skipped or all kept",

@@ -71,7 +71,7 @@ class LinearScheme(ABC):
         Declare what a checkpoint holds for one layer of that size; allocates nothing.
 
         Raises:
-            ConfigError: `QP-CFG-GROUP` when the format cannot describe a layer of that size.
+            ConfigError: `QP-CFG-FIELD` when the format cannot describe a layer of that size.
         """
 
     @abstractmethod

@@ -78,7 +78,7 @@ def work_list(checkpoint: Checkpoint, inventory: Inventory, wish: Wish, schemes:
     Yield the jobs of a conversion in file order; a tied head that is quantized comes last, from the embedding.
 
     Raises:
-        ConfigError: `QP-CFG-GROUP` when the scheme cannot describe a layer; the layer is named.
+        ConfigError: `QP-CFG-FIELD` when the scheme cannot describe a layer; the layer is named.
     """
     modules = {module.name: module for module in inventory}
     for header in checkpoint.tensors.values():
