@@ -1,7 +1,7 @@
 """
 From canonical weights into the packed layout, a piece of the inputs at a time.
 
-No temporary is as large as the layer: codes go through one scratch buffer of a megabyte, straight into their final
+No temporary is as large as the layer: codes go through a small scratch buffer, straight into their final
 place. Where canonical codes are the view of a `[K, N]` buffer nothing is transposed on the way.
 """
 
@@ -14,18 +14,20 @@ import torch
 from quantplug_cpu.arrange import arrange_inputs, share_order
 from quantplug_cpu.checks import check, place, survives
 from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS
-from quantplug_cpu.layout import known, pack
+from quantplug_cpu.layout import Packer, known
 from quantplug_cpu.slots import filled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quantplug.spec import LinearProblem
+    from quantplug.spec import ElementType, LinearProblem
     from quantplug.weight import Prepared, Weight
     from quantplug_cpu.arrange import Inputs
     from quantplug_cpu.checks import Place
 
-_PIECE_BYTES = 1 << 20
+# Small enough for torch to leave each step to one thread: on a busy machine, waiting for a second one costs more than
+# the step does.
+_PIECE_BYTES = 1 << 19
 
 
 def prepare(
@@ -115,43 +117,43 @@ def _tensors(part: Sequence[Weight], inputs: Inputs, planes: int, held: torch.dt
 
 
 def _pack_codes(part: Sequence[Weight], inputs: Inputs, planes: int, out: torch.Tensor) -> None:
-    layout, (rows, count) = known(), (out.shape[0], inputs.slots.count)
-    bits = 4 * planes
-    scratch = torch.full((min(count, max(1, _PIECE_BYTES // rows)), rows), 1 << (bits - 1), dtype=torch.uint8)
-    halves = torch.empty_like(scratch) if planes == 2 else None
-    for begin in range(0, count, scratch.shape[0]):
-        piece = scratch[: min(scratch.shape[0], count - begin)]
-        _gather_codes(part, inputs, begin, piece, bits)
-        if halves is None:
-            pack(piece, out, begin, layout)
-        else:
-            half = halves[: piece.shape[0]]
-            pack(torch.bitwise_right_shift(piece, 4, out=half), out, begin, layout)
-            pack(torch.bitwise_and(piece, 15, out=half), out, count + begin, layout)
+    element, rows, count = part[0].spec.element, out.shape[0], inputs.slots.count
+    packer = Packer(out, planes, signed=element.signed, shift=_shift(element, planes), layout=known())
+    step = max(1, _PIECE_BYTES // rows)
+    begin, codes = 0, part[0].codes.view(torch.uint8).t()
+    if len(part) == 1 and inputs.sources is None and codes.shape[1] == rows and codes.is_contiguous():
+        while begin < codes.shape[0]:
+            piece = codes[begin : begin + step]
+            packer.write(piece, begin)
+            begin += piece.shape[0]
+    if begin < count:
+        # Whatever an empty row or slot holds is multiplied by 0; but it is the same every time.
+        scratch = torch.zeros(min(count, step), rows, dtype=torch.uint8)
+        for start in range(begin, count, step):
+            piece = scratch[: min(step, count - start)]
+            _gather_codes(part, inputs, start, piece)
+            packer.write(piece, start)
 
 
-def _gather_codes(part: Sequence[Weight], inputs: Inputs, begin: int, piece: torch.Tensor, bits: int) -> None:
-    """Fill `[k, N]` with the codes of k slots, shifted so that all widths have their middle at that of `bits`."""
+def _gather_codes(part: Sequence[Weight], inputs: Inputs, begin: int, piece: torch.Tensor) -> None:
+    """Fill uint8 `[k, N]` with the codes of k slots."""
     row = 0
     for weight in part:
-        end = min(begin + piece.shape[0], weight.in_features)
         target = piece[:, row : row + weight.out_features]
         row += weight.out_features
         codes = weight.codes.view(torch.uint8).t()
         if inputs.sources is None:
-            source = codes[begin:end]
-            target[end - begin :] = 1 << (bits - 1)
+            source = codes[begin : begin + len(piece)]
+            target[len(source) :] = 0
+            target[: len(source)] = source
         else:
-            # Whatever an empty slot holds is multiplied by 0.
-            source = codes.index_select(0, inputs.sources[begin : begin + len(piece)].clamp(max=weight.in_features - 1))
-        # Adding in uint8 is modulo 256, which turns two's complement into the unsigned code.
-        torch.add(source, _shift(weight, bits), out=target[: len(source)])
+            places = inputs.sources[begin : begin + len(piece)].clamp(max=weight.in_features - 1)
+            target.copy_(codes.index_select(0, places))
 
 
-def _shift(weight: Weight, bits: int) -> int:
-    """What takes a code's middle to that of the packed width."""
-    element = weight.spec.element
-    return 1 << (bits - 1) if element.signed else (1 << (bits - 1)) - (1 << (element.bits - 1))
+def _shift(element: ElementType, planes: int) -> int:
+    """Return what takes unsigned codes' middle to that of codes as wide as they are packed."""
+    return 0 if element.signed else (1 << (4 * planes - 1)) - (1 << (element.bits - 1))
 
 
 def _write_scales(part: Sequence[Weight], inputs: Inputs, planes: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -169,7 +171,7 @@ def _write_scales(part: Sequence[Weight], inputs: Inputs, planes: int, tensors: 
         row += weight.out_features
         scales[:, columns] = weight.scales.t().index_select(0, inputs.groups)
         if zeros is not None and weight.zeros is not None:
-            zeros[:, columns] = weight.zeros.t().index_select(0, inputs.groups) + _shift(weight, bits)
+            zeros[:, columns] = weight.zeros.t().index_select(0, inputs.groups) + _shift(weight.spec.element, planes)
     if pairs is not None:
         _complete(pairs, scales, zeros, planes)
 
