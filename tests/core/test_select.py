@@ -13,6 +13,7 @@ from quantplug.hooks import hookimpl
 from quantplug.inventory import ModuleInfo
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug.plan import Choice
+from quantplug.planner import probe_kernels
 from quantplug.platform import Platform
 from quantplug.plugins import build_registry
 from quantplug.policy import Policy
@@ -127,3 +128,47 @@ def test_the_choice_does_not_depend_on_the_order_in_which_plugins_are_named() ->
     ]
     assert decisions[0] == decisions[1]
     assert decisions[0].kernel == "a.twin"
+
+
+class Raises(toys.ToyKernel):
+    name = "a.broken"
+    layout_id = "broken"
+
+    def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+        raise SystemExit("no licence")
+
+    def probe(self, platform: Platform) -> Rejected | None:
+        raise OSError("no such device")
+
+
+class Lies(toys.ToyKernel):
+    name = "a.liar"
+    layout_id = "liar"
+
+    def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+        return True  # type: ignore[return-value]  # what a careless plugin does
+
+    def probe(self, platform: Platform) -> Rejected | None:
+        return "fine"  # type: ignore[return-value]  # what a careless plugin does
+
+
+def test_a_kernel_that_raises_or_answers_nonsense_is_disqualified_and_the_others_are_asked() -> None:
+    @hookimpl
+    def quantplug_kernels() -> list[object]:
+        return [Raises(), Lies()]
+
+    vendor = SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)
+    registry = build_registry({"toys": toys, "vendor": vendor})
+    decision = select(problem(), MODULE, CPU, registry, Policy(), {})
+    assert decision.kernel == "toy.fast"
+    verdicts = {c.kernel: c.verdict for c in decision.candidates}
+    assert verdicts["a.broken"] == Rejected(
+        "error", "supports raised SystemExit: no licence", "report it to the maker of a.broken"
+    )
+    assert verdicts["a.liar"] == Rejected("error", "supports returned bool", "report it to the maker of a.liar")
+    probes = probe_kernels(registry, CPU)
+    assert probes["a.broken"] == Rejected(
+        "error", "probe raised OSError: no such device", "report it to the maker of a.broken"
+    )
+    assert probes["a.liar"] == Rejected("error", "probe returned str", "report it to the maker of a.liar")
+    assert probes["toy.fast"] is None

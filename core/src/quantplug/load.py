@@ -18,6 +18,7 @@ from quantplug.modules import QuantizedLinear, SourceTensor
 from quantplug.plugins import registry as installed
 from quantplug.reader import TensorReader, digest
 from quantplug.schemes import SchemeCache
+from quantplug.select import probe
 from quantplug.source import resolve_source
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def refuse_unusable_kernels(plan: Plan, registry: Registry) -> None:
     """
     here = detect(registry, plan.platform.kind)
     for name in dict.fromkeys(choice.kernel for decision in plan.decisions for choice in decision.choices):
-        refusal = registry.kernel(name).item.probe(here)
+        refusal = probe(registry.kernel(name).item, here)
         if refusal is not None:
             raise PlanError(
                 "QP-PLAN-PLATFORM",

@@ -19,6 +19,7 @@ from quantplug.plan import Plan
 from quantplug.platform import Platform
 from quantplug.plugins import registry as installed
 from quantplug.policy import Policy
+from quantplug.select import probe as probe_kernel
 from quantplug.source import resolve_source
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def plan(
 
 def probe_kernels(registry: Registry, platform: Platform) -> dict[str, Rejected | None]:
     """Probe every kernel that could run on the platform at hand; each is probed once per process by its plugin."""
-    return {name: provided.item.probe(platform) for name, provided in registry.kernels.items()}
+    return {name: probe_kernel(provided.item, platform) for name, provided in registry.kernels.items()}
 
 
 def _activation_dtype(wish: str | None, model_config: Mapping[str, Json]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.errors import PlanError
+from quantplug.isolation import Fault, isolated
 from quantplug.kernel import Accepted, Cost, LinearKernel, Rejected, Verdict
 from quantplug.plan import Candidate, Choice, Decision
 from quantplug.spec import LinearProblem
@@ -91,10 +92,10 @@ def ask(kernel: LinearKernel, problem: LinearProblem, platform: Platform) -> Ver
     A split problem costs the sum of its parts.
     """
     if not kernel.traits.uniform_segments or problem.uniform:
-        return kernel.supports(problem, platform)
+        return _answer(kernel, problem, platform)
     parts: list[Accepted] = []
     for part in split(problem):
-        verdict = kernel.supports(part, platform)
+        verdict = _answer(kernel, part, platform)
         if isinstance(verdict, Rejected):
             return verdict
         parts.append(verdict)
@@ -107,6 +108,22 @@ def ask(kernel: LinearKernel, problem: LinearProblem, platform: Platform) -> Ver
             *dict.fromkeys(note for p in parts for note in p.notes),
         ),
     )
+
+
+def probe(kernel: LinearKernel, platform: Platform) -> Rejected | None:
+    """Let a kernel try itself out on this very machine; one that raises has refused."""
+    answer = isolated(lambda: kernel.probe(platform))
+    return answer if answer is None or isinstance(answer, Rejected) else _broken(kernel, "probe", answer)
+
+
+def _answer(kernel: LinearKernel, problem: LinearProblem, platform: Platform) -> Verdict:
+    answer = isolated(lambda: kernel.supports(problem, platform))
+    return answer if isinstance(answer, (Accepted, Rejected)) else _broken(kernel, "supports", answer)
+
+
+def _broken(kernel: LinearKernel, method: str, answer: object) -> Rejected:
+    said = f"raised {answer.error}" if isinstance(answer, Fault) else f"returned {type(answer).__name__}"
+    return Rejected("error", f"{method} {said}", f"report it to the maker of {kernel.name}")
 
 
 def split(problem: LinearProblem) -> tuple[LinearProblem, ...]:
