@@ -152,9 +152,13 @@ def test_a_checkpoint_without_tokenizer_or_template(chatty, hosted, tmp_path) ->
     (plain / "chat_template.jinja").unlink()
     running = load(plain, registry=hosted)
     assert list(running.stream("Hi", max_new_tokens=3)) == list(running.stream("Hi", max_new_tokens=3, chat=False))
+    (plain / "tokenizer.json").write_text("{}")
+    with pytest.raises(QuantplugError, match="cannot read its tokenizer") as caught:
+        load(plain, registry=hosted)
+    assert caught.value.code == "QP-HOST-TOKENIZER"
     for file in plain.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(QuantplugError, match="no tokenizer it can read") as caught:
+    with pytest.raises(QuantplugError, match="holds no tokenizer") as caught:
         load(plain, registry=hosted)
     assert caught.value.code == "QP-HOST-TOKENIZER"
 

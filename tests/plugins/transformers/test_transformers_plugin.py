@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,32 @@ def test_other_versions_of_transformers_are_refused_before_they_are_imported(fou
 def test_versions_of_the_fifth_major_are_taken(found, monkeypatch) -> None:
     monkeypatch.setattr(versions, "version", lambda name: found)
     versions.require_transformers()
+
+
+def test_a_device_map_needs_accelerate_and_nothing_else_does(checkpoint, registry, monkeypatch) -> None:
+    from quantplug_transformers import from_pretrained
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", version)
+    with pytest.raises(HostError, match="accelerate: is not installed") as caught:
+        from_pretrained(checkpoint, device_map="cpu", registry=registry)
+    assert caught.value.code == "QP-HOST-VERSION"
+    assert "quantplug-transformers[device-map]" in caught.value.fix
+    from_pretrained(checkpoint, registry=registry)
+
+
+def test_examples_of_the_readme_run(checkpoint, ids, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme = Path(__file__).parents[3] / "plugins" / "transformers" / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        known = {"input_ids": ids, "path": str(checkpoint)}
+        exec(block.replace('"path/or/repository"', "path").replace("=100", "=5"), known)
+        assert type(known["model"]).__name__ == "LlamaForCausalLM"
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
 
 
 def test_registering_twice_changes_nothing_and_a_taken_name_is_an_error(monkeypatch) -> None:

@@ -37,12 +37,13 @@ class TransformersHost(Host):
 
         require_transformers()
         from quantplug_transformers.loading import from_pretrained
-        from quantplug_transformers.running import TransformersModel
+        from quantplug_transformers.running import TransformersModel, hidden_bars
         from quantplug_transformers.tokenizer import read_tokenizer
 
         tokenizer = read_tokenizer(source)
-        device_map = {"": plan.platform.kind}
-        model = from_pretrained(source, plan=plan, device_map=device_map, progress=progress, registry=registry)
+        device_map = None if plan.platform.kind == "cpu" else {"": plan.platform.kind}
+        with hidden_bars():
+            model = from_pretrained(source, plan=plan, device_map=device_map, progress=progress, registry=registry)
         return TransformersModel(model, tokenizer, plan)
 
     def calibrate(self, source: Path, text: str, *, tokens: int, window: int) -> Iterator[CalibrationBlock]:

@@ -5,7 +5,7 @@ Putting planned layers into a model: placeholders before its dense tensors are l
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -85,9 +85,14 @@ def attach(model: PreTrainedModel, plan: Plan, report: LoadReport) -> None:
     setattr(model, "quantplug_report", report)  # noqa: B010
 
 
-def untie(config: object) -> None:
+def plan_of(model: PreTrainedModel) -> Plan:
+    """Return the plan a model was loaded by."""
+    return cast("Plan", model.quantplug_plan)
+
+
+def untie(config: Any) -> None:
     """Note in a model's configuration that its head has weights of its own."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():  # type: ignore[attr-defined]
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.tie_word_embeddings = False
 
 

@@ -20,6 +20,7 @@ from quantplug_transformers.install import attach, untie
 from quantplug_transformers.inventory import tied_modules
 from quantplug_transformers.quantizer import METHOD, register
 from quantplug_transformers.request import Request, Wishes, make_request
+from quantplug_transformers.versions import require_accelerate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -97,6 +98,8 @@ def from_pretrained(
         raise HostError(
             "QP-HOST-INPUT", f"from_pretrained({refused[0]}=…)", "is not taken", fix=f"{_REFUSED[refused[0]]}."
         )
+    if device_map is not None:
+        require_accelerate()
     directory = resolve_source(source)
     builder = AutoModelForCausalLM if model_class is None else model_class
     if plan is not None and dtype is None:

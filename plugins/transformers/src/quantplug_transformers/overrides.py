@@ -44,7 +44,8 @@ def _prepared(model: PreTrainedModel) -> Iterator[QuantizedLinear]:
 def _apply(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PreTrainedModel:
     for module in _prepared(model):
         module._apply(fn)
-    return type(model)._apply(model, fn, recurse)
+    moved: PreTrainedModel = type(model)._apply(model, fn, recurse)
+    return moved
 
 
 def _half(model: PreTrainedModel) -> PreTrainedModel:

@@ -52,7 +52,7 @@ class QuantplugConfig(QuantizationConfigMixin):
         source: Mapping[str, Json] | None = None,
         request: Request | None = None,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.source = dict(source or {})
         self.request = request
 
@@ -65,6 +65,7 @@ class QuantplugQuantizer(HfQuantizer):
     """Puts planned layers into a model while Transformers loads it."""
 
     requires_calibration = True
+    quantization_config: QuantplugConfig
 
     def __init__(self, quantization_config: QuantplugConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from quantplug.load import stored_tensors
 from quantplug.modules import QuantizedLinear
+from quantplug_transformers.install import plan_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-    from quantplug.plan import Plan
 
 
 def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -25,7 +24,7 @@ def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Raises:
         LoadError: `QP-LOAD-SOURCE` when the bytes of a layer are gone.
     """
-    plan: Plan = model.quantplug_plan
+    plan = plan_of(model)
     layers = {module.path: module for module in model.modules() if isinstance(module, QuantizedLinear)}
     own_name = {
         name: f"{layer.path}.{suffix}"

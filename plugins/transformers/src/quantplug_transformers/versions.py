@@ -1,5 +1,5 @@
 """
-Which versions of Transformers this adapter knows.
+What this adapter needs of other packages beyond their being installed.
 """
 
 from __future__ import annotations
@@ -31,3 +31,22 @@ def require_transformers() -> None:
             expected=f"at least {OLDEST}.0 and below {NEXT_MAJOR}",
             fix=f'pip install "transformers>={OLDEST}.0,<{NEXT_MAJOR}"',
         )
+
+
+def require_accelerate() -> None:
+    """
+    Check that the package is there without which Transformers takes no device map.
+
+    Raises:
+        HostError: `QP-HOST-VERSION` when it is not.
+    """
+    try:
+        version("accelerate")
+    except PackageNotFoundError:
+        raise HostError(
+            "QP-HOST-VERSION",
+            "accelerate",
+            "is not installed",
+            expected="it to be there when a device_map is given",
+            fix='pip install "quantplug-transformers[device-map]", or leave device_map out to load on the CPU.',
+        ) from None
