@@ -21,7 +21,8 @@ class Project:
     folder: Path
     name: str
     package: str
-    dependencies: tuple[str, ...]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
     plugin_modules: tuple[str, ...]
 
     @property
@@ -44,7 +45,8 @@ def projects() -> tuple[Project, ...]:
                 file.parent,
                 project["name"],
                 Path(package).name,
-                (*project["dependencies"], *(requirement for extra in extras for requirement in extra)),
+                tuple(project["dependencies"]),
+                tuple(requirement for extra in extras for requirement in extra),
                 tuple(project.get("entry-points", {}).get("quantplug.plugins", {}).values()),
             )
         )
