@@ -93,7 +93,7 @@ def probe_packed() -> Rejected | None:
         )
     codes = (torch.arange(64 * ROWS).view(64, ROWS) * 31 % 13).to(torch.uint8)
     packed = torch.empty(ROWS, 32, dtype=torch.uint8)
-    Packer(packed, 1, signed=False, shift=0, layout=layout).write(codes, 0)
+    Packer(packed, layout).write(codes, 0)
     pairs = torch.tensor([2.0, 1.0], dtype=torch.bfloat16).expand(2, ROWS, 2).contiguous()
     x = torch.zeros(2, 64, dtype=torch.bfloat16)
     x[0, 3], x[0, 40], x[1, 63] = 1, -1, 2

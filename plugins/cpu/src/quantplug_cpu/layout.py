@@ -16,13 +16,14 @@ import torch
 
 from quantplug_cpu.slots import ROWS
 
-LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
+
+def repeated(byte: int) -> int:
+    """Return the int64 of eight equal bytes."""
+    return int.from_bytes(bytes([byte]) * 8, "little", signed=True)
+
+
+LOW_NIBBLES = repeated(0x0F)
 """The low nibble of each of eight bytes."""
-
-_TOP_BITS = -0x7777_7777_7777_7778
-"""The top bit of each of sixteen nibbles."""
-
-_ONES = 0x0101_0101_0101_0101
 
 _BLOCKS = (64, 32, 16)
 
@@ -51,54 +52,28 @@ def halves(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 class Packer:
     """
-    Writes codes into the operator's order, some inputs of all rows at a time.
+    Writes nibbles into the operator's order, some inputs of all rows at a time.
 
     Args:
-        out: uint8 `[N, planes * S / 2]`, contiguous; N is a multiple of `ROWS`.
-        planes: 1 to pack nibbles, 2 to pack the halves of 8-bit codes, the upper ones first.
-        signed: whether codes are in two's complement, to be packed with their middle at that of unsigned codes.
-        shift: what to add to unsigned codes that are narrower than the packed ones.
+        out: uint8 `[N, S / 2]`, contiguous; N is a multiple of `ROWS`.
         layout: the byte order.
     """
 
-    def __init__(self, out: torch.Tensor, planes: int, *, signed: bool, shift: int, layout: Layout) -> None:
+    def __init__(self, out: torch.Tensor, layout: Layout) -> None:
         size, blocks = layout.block, out.view(-1, out.shape[1] * 2, layout.block // 2)
-        self._low, self._high, self._flip, self._add = 0x0F, 0xF0, 0x88 * signed, 0x11 * shift
-        # Rows that lie side by side in both orders are moved eight at a time.
+        # Rows that lie side by side in both orders are moved eight at a time: nibbles stay within their bytes.
         self._lanes = layout.split
         if self._lanes:
             size, blocks = size // 8, blocks.view(torch.int64)
-            self._low, self._high = LOW_NIBBLES, ~LOW_NIBBLES
-            self._flip, self._add = _TOP_BITS * signed, self._add * _ONES
-        self._masked = signed or planes == 2
+        self._target = blocks.transpose(0, 1)
         self._layout = Layout(size, layout.split)
-        self._planes = torch.unflatten(blocks.transpose(0, 1), 0, (planes, -1))
-        self._scratch = blocks.new_empty(0)
 
     def write(self, codes: torch.Tensor, first: int) -> None:
-        """Write codes uint8 `[k, N]`, contiguous, of inputs first … first + k - 1."""
-        one, other = halves(codes.view(torch.int64) if self._lanes else codes, self._layout).unbind(-3)
-        if self._scratch.shape != one.shape:
-            self._scratch = one.new_empty(one.shape)
-        planes, scratch = self._planes[:, first : first + codes.shape[0]], self._scratch
-        # The lower halves of codes, one's below and the other's above.
-        bottom = planes[-1]
-        torch.bitwise_left_shift(other, 4, out=bottom)
-        if self._masked:
-            bottom.bitwise_and_(self._high)
-            one_lower = torch.bitwise_and(one, self._low, out=scratch)
-            bottom.bitwise_or_(one_lower)
-        else:
-            bottom.bitwise_or_(one)
-        top = planes[0]
-        if len(planes) == 2:
-            torch.bitwise_right_shift(one, 4, out=scratch).bitwise_and_(self._low)
-            torch.bitwise_and(other, self._high, out=top).bitwise_or_(scratch)
-        if self._flip:
-            # In two's complement, adding the middle flips the bit of the sign.
-            top.bitwise_xor_(self._flip)
-        if self._add:
-            top.add_(self._add)
+        """Write codes uint8 `[k, N]`, contiguous and below 16, of inputs first … first + k - 1."""
+        low, high = halves(codes.view(torch.int64) if self._lanes else codes, self._layout).unbind(-3)
+        target = self._target[first : first + codes.shape[0]]
+        torch.bitwise_left_shift(high, 4, out=target)
+        target.bitwise_or_(low)
 
 
 def unpack(packed: torch.Tensor, begin: int, end: int, planes: int, layout: Layout) -> torch.Tensor:
@@ -140,7 +115,7 @@ def detect() -> Layout | None:
     for block in _BLOCKS:
         for split in (True, False):
             found = torch.empty(rows, inputs // 2, dtype=torch.uint8)
-            Packer(found, 1, signed=False, shift=0, layout=Layout(block, split)).write(codes, 0)
+            Packer(found, Layout(block, split)).write(codes, 0)
             if torch.equal(found, wanted.view_as(found)):
                 return Layout(block, split)
     return None

@@ -14,7 +14,7 @@ import torch
 from quantplug_cpu.arrange import arrange_inputs, share_order
 from quantplug_cpu.checks import check, place, survives
 from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS
-from quantplug_cpu.layout import Packer, known
+from quantplug_cpu.layout import LOW_NIBBLES, Packer, known, repeated
 from quantplug_cpu.slots import filled
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from quantplug_cpu.arrange import Inputs
     from quantplug_cpu.checks import Place
 
-# Small enough for torch to leave each step to one thread: on a busy machine, waiting for a second one costs more than
-# the step does.
-_PIECE_BYTES = 1 << 19
+
+_STEP_WORDS = 1 << 15
+"""
+What torch leaves to one thread. On a busy machine, waiting for a second one costs more than such a step does.
+"""
 
 
 def prepare(
@@ -117,26 +119,26 @@ def _tensors(part: Sequence[Weight], inputs: Inputs, planes: int, held: torch.dt
 
 
 def _pack_codes(part: Sequence[Weight], inputs: Inputs, planes: int, out: torch.Tensor) -> None:
-    element, rows, count = part[0].spec.element, out.shape[0], inputs.slots.count
-    packer = Packer(out, planes, signed=element.signed, shift=_shift(element, planes), layout=known())
-    step = max(1, _PIECE_BYTES // rows)
-    begin, codes = 0, part[0].codes.view(torch.uint8).t()
-    if len(part) == 1 and inputs.sources is None and codes.shape[1] == rows and codes.is_contiguous():
-        while begin < codes.shape[0]:
-            piece = codes[begin : begin + step]
-            packer.write(piece, begin)
-            begin += piece.shape[0]
-    if begin < count:
-        # Whatever an empty row or slot holds is multiplied by 0; but it is the same every time.
-        scratch = torch.zeros(min(count, step), rows, dtype=torch.uint8)
-        for start in range(begin, count, step):
-            piece = scratch[: min(step, count - start)]
-            _gather_codes(part, inputs, start, piece)
-            packer.write(piece, start)
+    packer, rows, count, bits = Packer(out, known()), out.shape[0], inputs.slots.count, 4 * planes
+    # A step over all rows is as much to torch as packing two of them, which is over every other row.
+    step = max(1, 8 * _STEP_WORDS // rows)
+    scratch = torch.empty(min(count, step * 2 // planes), rows // 8, dtype=torch.int64)
+    scratch.view(torch.uint8)[:, _rows(part) :] = 1 << (bits - 1)
+    half = torch.empty_like(scratch) if planes == 2 else scratch
+    for begin in range(0, count, scratch.shape[0]):
+        piece = scratch[: min(scratch.shape[0], count - begin)]
+        for words, start in zip(piece.split(step), range(begin, count, step), strict=False):
+            _gather_codes(part, inputs, start, words.view(torch.uint8), bits)
+        if planes == 2:
+            nibbles = half[: len(piece)]
+            torch.bitwise_right_shift(piece, 4, out=nibbles).bitwise_and_(LOW_NIBBLES)
+            packer.write(nibbles.view(torch.uint8), begin)
+            piece.bitwise_and_(LOW_NIBBLES)
+        packer.write(piece.view(torch.uint8), begin + count * (planes - 1))
 
 
-def _gather_codes(part: Sequence[Weight], inputs: Inputs, begin: int, piece: torch.Tensor) -> None:
-    """Fill uint8 `[k, N]` with the codes of k slots."""
+def _gather_codes(part: Sequence[Weight], inputs: Inputs, begin: int, piece: torch.Tensor, bits: int) -> None:
+    """Fill uint8 `[k, N]` with the codes of k slots, in the terms of the packed width."""
     row = 0
     for weight in part:
         target = piece[:, row : row + weight.out_features]
@@ -144,16 +146,33 @@ def _gather_codes(part: Sequence[Weight], inputs: Inputs, begin: int, piece: tor
         codes = weight.codes.view(torch.uint8).t()
         if inputs.sources is None:
             source = codes[begin : begin + len(piece)]
-            target[len(source) :] = 0
-            target[: len(source)] = source
+            target[len(source) :] = 1 << (bits - 1)
         else:
-            places = inputs.sources[begin : begin + len(piece)].clamp(max=weight.in_features - 1)
-            target.copy_(codes.index_select(0, places))
+            # Whatever an empty slot holds is multiplied by 0.
+            source = codes.index_select(0, inputs.sources[begin : begin + len(piece)].clamp(max=weight.in_features - 1))
+        _move_middle(source, target[: len(source)], weight.spec.element, bits)
 
 
-def _shift(element: ElementType, planes: int) -> int:
-    """Return what takes unsigned codes' middle to that of codes as wide as they are packed."""
-    return 0 if element.signed else (1 << (4 * planes - 1)) - (1 << (element.bits - 1))
+def _move_middle(source: torch.Tensor, target: torch.Tensor, element: ElementType, bits: int) -> None:
+    """Write codes `[k, N]` to where their middle is that of unsigned codes of `bits` bits."""
+    shift = _shift(element, bits)
+    strides = (source.shape[1], source.stride(0), source.storage_offset(), target.storage_offset())
+    if source.stride(1) != 1 or any(n % 8 for n in strides):
+        # Adding in uint8 is modulo 256, which turns two's complement into the unsigned code.
+        torch.add(source, shift, out=target)
+        return
+    # Eight codes at a time, without a carry between them: in two's complement, adding the middle flips the sign's bit.
+    words, result = source.view(torch.int64), target.view(torch.int64)
+    if element.signed:
+        torch.bitwise_and(words, repeated((1 << bits) - 1), out=result)
+        result.bitwise_xor_(repeated(1 << (bits - 1)))
+    else:
+        torch.add(words, repeated(shift), out=result)
+
+
+def _shift(element: ElementType, bits: int) -> int:
+    """Return what takes a code's middle to that of unsigned codes of `bits` bits."""
+    return (1 << (bits - 1)) - (0 if element.signed else 1 << (element.bits - 1))
 
 
 def _write_scales(part: Sequence[Weight], inputs: Inputs, planes: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -171,7 +190,7 @@ def _write_scales(part: Sequence[Weight], inputs: Inputs, planes: int, tensors: 
         row += weight.out_features
         scales[:, columns] = weight.scales.t().index_select(0, inputs.groups)
         if zeros is not None and weight.zeros is not None:
-            zeros[:, columns] = weight.zeros.t().index_select(0, inputs.groups) + _shift(weight.spec.element, planes)
+            zeros[:, columns] = weight.zeros.t().index_select(0, inputs.groups) + _shift(weight.spec.element, bits)
     if pairs is not None:
         _complete(pairs, scales, zeros, planes)
 
