@@ -149,6 +149,8 @@ class LinearKernel(ABC):
         """
         Bring canonical weights into this kernel's layout, once per layer after loading.
 
+        Layers may be prepared in several threads at once, those for one accelerator one by one.
+
         Args:
             problem: what `supports` accepted.
             segments: one `Weight` per segment of the problem, on the CPU; they stay the caller's and are not modified.

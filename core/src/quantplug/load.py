@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from quantplug.reader import TensorReader, digest
 from quantplug.schemes import SchemeCache
 from quantplug.select import probe
 from quantplug.source import resolve_source
+from quantplug.workers import Workers, worker_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,8 +52,8 @@ class LoadReport:
 
     Attributes:
         file_bytes: bytes read.
-        read_seconds: reading and digesting them.
-        install_seconds: decoding and preparing.
+        read_seconds: reading them.
+        install_seconds: digesting, decoding and preparing, summed over threads and mostly while others are read.
         prepared_bytes: bytes the layers hold now.
         kernels: number of layers by kernel, in order of first use.
     """
@@ -84,7 +86,8 @@ def load_layers(
     """
     Load every quantized layer of a plan; either all of them, or an error and nothing.
 
-    Peak memory is what the layers hold when done, plus one layer in its stored and canonical forms.
+    Layers are decoded and prepared in other threads while the next ones are read. Peak memory is what the layers hold
+    when done, plus the stored and canonical forms of one layer, or of several that are small together.
 
     Args:
         plan: made from the same checkpoint.
@@ -107,26 +110,36 @@ def load_layers(
     refuse_unusable_kernels(plan, registry)
     quantized = [layer for layer in plan.layers if layer.quantized]
     total = sum(layer.file_bytes for layer in quantized)
+    places = {layer.path: torch.device((devices or {}).get(layer.path, device)) for layer in quantized}
+    on_cpu = all(place.type == "cpu" for place in places.values())
     ledger, schemes = Ledger(), SchemeCache(registry)
     filled: dict[str, QuantizedLinear] = {}
     kernels: dict[str, int] = {}
     done = 0
     read_seconds = install_seconds = 0.0
-    with TensorReader(checkpoint) as reader:
-        for layer in quantized:
-            module = modules[layer.path] if modules is not None else QuantizedLinear(layer, plan, registry, schemes)
-            started = time.perf_counter()
-            stored, biases, sources = _read(layer, checkpoint, reader, ledger)
-            read = time.perf_counter()
-            where = (devices or {}).get(layer.path, device)
-            module.install(stored, biases, device=where, sources=sources)
-            install_seconds += time.perf_counter() - read
-            read_seconds += read - started
-            filled[layer.path] = module
+
+    def finish(results: Iterator[_Installed]) -> None:
+        nonlocal done, install_seconds
+        for installed_layer in results:
+            layer = installed_layer.layer
+            filled[layer.path] = installed_layer.module
+            install_seconds += installed_layer.seconds
             kernel = plan.decisions[layer.decision or 0].kernel
             kernels[kernel] = kernels.get(kernel, 0) + 1
             done += layer.file_bytes
             tell(progress, "load", done, total)
+
+    with TensorReader(checkpoint) as reader, Workers[_Installed](worker_count() if on_cpu else 1) as workers:
+        for layer in quantized:
+            module = modules[layer.path] if modules is not None else QuantizedLinear(layer, plan, registry, schemes)
+            needed = layer.file_bytes + sum(s.shape.out_features * s.shape.in_features for s in layer.segments)
+            finish(workers.make_room(needed))
+            started = time.perf_counter()
+            read = _read(layer, reader, ledger)
+            read_seconds += time.perf_counter() - started
+            workers.give(needed, partial(_install, layer, module, read, checkpoint, places[layer.path]))
+            del read
+        finish(workers.rest())
     prepared = sum(buffer.nbytes for module in filled.values() for buffer in module.buffers())
     return LoadedLayers(filled, LoadReport(total, read_seconds, install_seconds, prepared, kernels))
 
@@ -163,23 +176,44 @@ def tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
         warnings.warn(f"progress callback failed: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
 
 
-def _read(
-    layer: LayerPlan, checkpoint: Checkpoint, reader: TensorReader, ledger: Ledger
-) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor], tuple[SourceTensor, ...]]:
-    stored: list[dict[str, torch.Tensor]] = []
-    sources: list[SourceTensor] = []
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The stored tensors of one layer: by suffix for each segment, biases, and all of them by name."""
+
+    segments: list[dict[str, torch.Tensor]]
+    biases: list[torch.Tensor]
+    named: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Installed:
+    layer: LayerPlan
+    module: QuantizedLinear
+    seconds: float
+
+
+def _read(layer: LayerPlan, reader: TensorReader, ledger: Ledger) -> _Read:
+    named: dict[str, torch.Tensor] = {}
 
     def take(name: str) -> torch.Tensor:
         ledger.claim(name, layer.path)
-        tensor = reader.read(name)
-        file = str(checkpoint.directory / checkpoint.tensors[name].file)
-        sources.append(SourceTensor(file, name, digest(tensor)))
-        return tensor
+        named[name] = reader.read(name)
+        return named[name]
 
-    for segment in layer.segments:
-        stored.append({suffix: take(name) for suffix, name in segment.tensors})
-    biases = [take(name) for name in layer.tensors]
-    return stored, biases, tuple(sources)
+    segments = [{suffix: take(name) for suffix, name in segment.tensors} for segment in layer.segments]
+    return _Read(segments, [take(name) for name in layer.tensors], named)
+
+
+def _install(
+    layer: LayerPlan, module: QuantizedLinear, read: _Read, checkpoint: Checkpoint, device: torch.device
+) -> _Installed:
+    started = time.perf_counter()
+    sources = tuple(
+        SourceTensor(str(checkpoint.directory / checkpoint.tensors[name].file), name, digest(tensor))
+        for name, tensor in read.named.items()
+    )
+    module.install(read.segments, read.biases, device=device, sources=sources)
+    return _Installed(layer, module, time.perf_counter() - started)
 
 
 def stored_tensors(modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, torch.Tensor]]:
