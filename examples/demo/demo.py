@@ -84,7 +84,9 @@ def main() -> None:
     step("Plan: which kernel runs which layer, and why", QUANTPLUG, "plan", QUANTIZED)
     step("Run it", QUANTPLUG, "run", QUANTIZED, "-p", PROMPT, "--max-new-tokens", "80")
     print("\n\033[1m== Compare with BF16, in this run\033[0m", flush=True)
-    show(measure(QUANTIZED), measure(DENSE))
+    measured = {"4-bit": measure(QUANTIZED), "BF16": measure(DENSE)}
+    (CACHE / "result.json").write_text(json.dumps(measured, indent=2))
+    show(measured["4-bit"], measured["BF16"])
 
 
 if __name__ == "__main__":
