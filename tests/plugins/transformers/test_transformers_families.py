@@ -9,6 +9,7 @@ import torch
 from tiny_models import config_of, dequantized, quantize, stored_tensors, write_dense
 from transformers import AutoModelForCausalLM
 
+from quantplug.planner import plan as make_plan
 from quantplug.spec import LinearShape
 from quantplug_transformers import from_pretrained
 from quantplug_transformers.inventory import read_inventory
@@ -95,7 +96,7 @@ def test_inventory_names_modules_as_the_checkpoint_does(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.qweight" not in names.targets
 
 
-def test_checkpoint_of_the_base_model_lacks_the_head_and_says_so_unless_it_is_tied(
+def test_checkpoint_of_the_base_model_gets_the_names_of_the_whole_one(
     tmp_path: Path, registry: Registry, ids: torch.Tensor
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -108,3 +109,9 @@ def test_checkpoint_of_the_base_model_lacks_the_head_and_says_so_unless_it_is_ti
     model = from_pretrained(source, registry=registry)
     assert torch.equal(model(ids).logits, expected)
     assert model.quantplug_plan.layer("model.layers.0.mlp.up_proj").segments[0].name == "layers.0.mlp.up_proj"
+    # A plan made without the model calls the layers as the files do.
+    plan = make_plan(source, registry=registry)
+    assert plan.layer("layers.0.mlp.up_proj").quantized
+    planned = from_pretrained(source, plan=plan, registry=registry)
+    assert torch.equal(planned(ids).logits, expected)
+    assert planned.quantplug_plan.layer("model.layers.0.mlp.up_proj").quantized

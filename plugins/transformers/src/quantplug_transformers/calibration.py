@@ -1,8 +1,9 @@
 """
 What a calibration text sends through each linear layer, one decoder block at a time.
 
-Beside the model, only the text's hidden states, one block in float32 and that block's statistics are held. Later blocks
-see what the quantized earlier ones compute, so that rounding them can make up for it.
+Beside the model, only the text's hidden states and one block's statistics are held. The blocks compute in the model's
+own dtype, as they will; the sums are float32. Later blocks see what the quantized earlier ones compute, so that
+rounding them can make up for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from quantplug_transformers.decoder import Decoder
 from quantplug_transformers.inventory import is_linear
 from quantplug_transformers.loading import from_pretrained
 from quantplug_transformers.names import match_names
+from quantplug_transformers.running import hidden_bars
 from quantplug_transformers.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def calibrate(source: Path, text: str, *, tokens: int, window: int) -> Iterator[
             expected=f"at least one window of {window}",
             fix="Give a longer text.",
         )
-    model = from_pretrained(source)
+    with hidden_bars():
+        model = from_pretrained(source)
     names = match_names(model, open_checkpoint(source).tensors)
     return _walk(model, Decoder(model), names, torch.tensor(ids[: count * window]).view(count, window))
 
@@ -80,10 +83,9 @@ def calibrate(source: Path, text: str, *, tokens: int, window: int) -> Iterator[
 def _walk(
     model: PreTrainedModel, decoder: Decoder, names: StoredNames, windows: torch.Tensor
 ) -> Iterator[CalibrationBlock]:
-    states = decoder.enter(windows)
+    batches = decoder.batches(windows)
+    states = [decoder.enter(batch) for batch in batches]
     for index, block in enumerate(decoder.blocks):
-        dtype = next(block.parameters()).dtype
-        block.float()
         paths = {module: path for path, module in block.named_modules() if is_linear(module)}
         linear = {names.stored(f"{decoder.prefix}.{index}.{path}"): module for module, path in paths.items()}
         with _observed(linear) as hessians:
@@ -91,13 +93,12 @@ def _walk(
                 decoder.run_block(index, state)
         yield LinearLayers(linear, hessians)
         states = [decoder.run_block(index, state) for state in states]
-        block.to(dtype)
     head = model.get_output_embeddings()
     if head is not None and is_linear(head):
         path = names.stored(next(path for path, module in model.named_modules() if module is head))
         hessian = torch.zeros(head.in_features, head.in_features)
-        for window, state in zip(windows, states, strict=True):
-            _add(hessian, decoder.leave(window, state))
+        for batch, state in zip(batches, states, strict=True):
+            _add(hessian, decoder.leave(batch, state))
         yield LinearLayers({path: head}, {path: hessian})
 
 

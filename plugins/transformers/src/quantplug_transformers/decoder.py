@@ -17,19 +17,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Tokens that go through a block at a time: enough for large products, few enough to need little memory.
+_TOKENS = 1024
+
+
 class _Call(NamedTuple):
-    """How the model calls a block beside the hidden states, and how many things the block returns (0: no tuple)."""
+    """What the model passes to a block beside the hidden states."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    returned: int
 
 
 class Decoder:
     """
     A model whose blocks can be called with hidden states only.
 
-    How the model calls each block (masks, positions) is learnt from one window and holds for all of that length.
+    How the model calls each block (masks, positions) is learnt once and holds for all texts of that length.
 
     Raises:
         ConvertError: `QP-CONV-CALIBRATION` when the model has no row of equal blocks.
@@ -38,61 +41,59 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.prefix, self.blocks = _row_of_blocks(model)
         self._base: Any = model.base_model
-        self._dtype = model.dtype
-        self._calls: list[_Call] = []
+        self._calls: dict[int, list[_Call]] = {}
+        self._returned = 0
+        """How many things a block returns as a tuple; 0 when it returns the hidden states themselves."""
+
+    @staticmethod
+    def batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut windows `[B, window]` into batches of about a thousand tokens."""
+        return torch.split(windows, max(1, _TOKENS // windows.shape[1]))
 
     @torch.no_grad()
-    def enter(self, windows: torch.Tensor) -> list[torch.Tensor]:
-        """Return what enters the first block, float32 `[1, window, hidden]` for each row of windows `[B, window]`."""
+    def enter(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return what enters the first block, `[b, window, hidden]`, for a batch of windows `[b, window]`."""
+        calls: list[_Call] = []
+        entering: list[torch.Tensor] = []
 
-        def record(index: int, states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            block = self.blocks[index]
-            result = type(block).forward(block, states, *arguments, **keywords)
-            returned = len(result) if isinstance(result, tuple) else 0
-            self._calls.append(_Call(_in_float(arguments), _in_float(keywords), returned))
-            return result
+        def learn(index: int, states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            calls.append(_Call(arguments, keywords))
+            if index > 0:
+                return self._answer(states)
+            entering.append(states)
+            if batch.shape[0] not in self._calls:
+                result = type(self.blocks[0]).forward(self.blocks[0], states, *arguments, **keywords)
+                self._returned = len(result) if isinstance(result, tuple) else 0
+            return self._answer(states)
 
-        self._calls.clear()
-        self._run(windows[0], record)
-        entered: list[torch.Tensor] = []
-
-        def keep(index: int, states: torch.Tensor) -> torch.Tensor:
-            if index == 0:
-                entered.append(states.float())
-            return states
-
-        for window in windows:
-            self._run(window, self._bypass(keep))
-        return entered
+        self._run(batch, learn)
+        self._calls[batch.shape[0]] = calls
+        return entering[0]
 
     @torch.no_grad()
     def run_block(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        """Return what a block makes of float32 hidden states; the block must be in float32."""
-        call = self._calls[index]
+        """Return what a block makes of the hidden states of a batch."""
+        call = self._calls[states.shape[0]][index]
         result = self.blocks[index](states, *call.arguments, **call.keywords)
         output: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return output
 
     @torch.no_grad()
-    def leave(self, window: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def leave(self, batch: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Return what the output head sees of the states that come out of the last block."""
 
-        def put(index: int, entering: torch.Tensor) -> torch.Tensor:
-            return states.to(self._dtype) if index == 0 else entering
+        def put(index: int, entering: torch.Tensor, *_: Any, **__: Any) -> Any:
+            return self._answer(states if index == 0 else entering)
 
-        output: torch.Tensor = self._run(window, self._bypass(put)).last_hidden_state
+        output: torch.Tensor = self._run(batch, put).last_hidden_state
         return output
 
-    def _run(self, window: torch.Tensor, forward: Callable[..., Any]) -> Any:
+    def _run(self, batch: torch.Tensor, forward: Callable[..., Any]) -> Any:
         with _forward_by(self.blocks, forward):
-            return self._base(input_ids=window[None], use_cache=False)
+            return self._base(input_ids=batch, use_cache=False)
 
-    def _bypass(self, change: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
-        def forward(index: int, states: torch.Tensor, *_: Any, **__: Any) -> Any:
-            result, returned = change(index, states), self._calls[index].returned
-            return (result,) * returned if returned else result
-
-        return forward
+    def _answer(self, states: torch.Tensor) -> Any:
+        return (states,) * self._returned if self._returned else states
 
 
 @contextmanager
@@ -129,11 +130,3 @@ def _row_of_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
             fix="Convert it without a calibration text.",
         )
     return max(outer, key=lambda item: len(item[1]))
-
-
-def _in_float(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_in_float(item) for item in value)
-    return {key: _in_float(item) for key, item in value.items()} if isinstance(value, dict) else value
