@@ -214,7 +214,7 @@ def test_two_entry_points_of_one_distribution_can_be_in_conflict(site):
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory):
     """Return six directories with one plugin each: sound, broken at several stages, and two in conflict."""
-    from conftest import Site
+    from installed_site import Site
 
     sources = {
         "quantplug-ok-1": constant("one", "m1"),
