@@ -4,6 +4,8 @@ Fixtures that tests of several packages share.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from installed_site import Site
 
