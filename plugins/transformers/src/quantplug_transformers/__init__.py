@@ -27,4 +27,5 @@ def __getattr__(name: str) -> object:
     from quantplug_transformers.versions import require_transformers
 
     require_transformers()
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return globals()[name]

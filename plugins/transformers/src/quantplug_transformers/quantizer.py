@@ -54,7 +54,8 @@ class QuantplugConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method: Any = quant_method
         self.source = dict(source or {})
-        self.request = request
+        # A configuration file may hold anything under that name.
+        self.request = request if isinstance(request, Request) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the checkpoint's own section."""
