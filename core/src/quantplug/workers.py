@@ -46,7 +46,7 @@ class Workers(Generic[T]):
 
     def __enter__(self) -> Self:
         threads = torch.get_num_threads()
-        together = Barrier(self._count)
+        together = Barrier(self._count, timeout=60)
 
         def begin() -> None:
             # The first question makes torch initialise this thread, which would undo the setting later.

@@ -87,9 +87,7 @@ def place(
         return Prepared(layout_id, problem, tensors, meta)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in out.tensors.items()}
     if found != wanted or out.meta != meta:
-        raise ValueError(
-            "the new weights do not fit the place of those they replace: their inputs are grouped otherwise"
-        )
+        raise ValueError("the new weights do not fit in place of the old ones: their inputs are grouped otherwise")
     return out
 
 
