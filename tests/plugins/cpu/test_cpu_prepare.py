@@ -140,6 +140,7 @@ from cpu_layers import Layer, problem, spec
 from quantplug.spec import PerChannel, PerTensor
 from quantplug_cpu.int4 import Int4Kernel
 from quantplug_cpu.int8 import Int8Kernel
+torch.set_num_threads(1)
 four, eight = Int4Kernel(), Int8Kernel()
 for k in (1, 3, 15, 17, 31, 33, 40, 63, 65, 100):
     for kernel, element, group in (
@@ -188,7 +189,7 @@ groups = 1 if "{group}" == "PerChannel()" else k // 64
 zeros = torch.ones(n, groups, dtype=torch.uint8) if "{dtype}" == "uint8" else None
 g_idx = (torch.arange(k).flip(0) // 64).to(torch.int32) if {act_order} else None
 given = Weight(codes, torch.ones(n, groups, dtype=torch.float16), weight, zeros, g_idx)
-torch.empty(0).sum()
+torch.set_num_threads(1)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 prepared = kernel.prepare(problem(weight, n, k), (given,), torch.device("cpu"))
@@ -210,7 +211,7 @@ print(status("VmHWM") - before - prepared.nbytes)
 def test_preparing_takes_little_more_memory_than_what_stays(
     kernel: str, element: str, group: object, act_order: bool, n_major: bool
 ) -> None:
-    """Neither a copy of the codes (33 MB here) nor their int32 form (134 MB), which the operator's own packing needs."""
+    """Neither a copy of the codes (33 MB here) nor their int32 form (134 MB), which the operator's packing wants."""
     script = PEAK.format(
         kernel=kernel,
         element=element,
