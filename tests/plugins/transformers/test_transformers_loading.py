@@ -16,11 +16,17 @@ from tiny_models import config_of, dequantized, quantize, write_dense
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from quantplug.errors import QuantplugError
+from quantplug.hooks import hookimpl
+from quantplug.kernel import Accepted, Cost, Rejected
 from quantplug.modules import QuantizedLinear
 from quantplug.planner import plan as make_plan
+from quantplug.plugins import build_registry
 from quantplug.policy import Policy
+from quantplug.reference import ReferenceKernel
+from quantplug_gptq import plugin as gptq
 from quantplug_transformers import from_pretrained, register
 from quantplug_transformers.devices import layer_devices, platform_kind
+from quantplug_transformers.quantizer import QuantplugConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -198,6 +204,49 @@ def test_registered_method_works_from_transformers_own_door(
         assert model.quantplug_plan.layers == ours.quantplug_plan.layers
         assert model.quantplug_report.kernels == ours.quantplug_report.kernels
         assert model.config.quantization_config.to_dict() == section
+
+
+def test_what_the_model_class_leaves_out_is_left_and_listed(checkpoint, registry, ids, tmp_path, monkeypatch) -> None:
+    drafting = copied(checkpoint, tmp_path / "drafting")
+    edit_tensors(
+        drafting, lambda t: t.update({"mtp.0.norm.weight": torch.zeros(2), "mtp.0.up.qweight": torch.zeros(2)})
+    )
+    with pytest.raises(QuantplugError) as caught:
+        from_pretrained(drafting, registry=registry)
+    assert caught.value.code == "QP-ST-EXTRA"
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    model = from_pretrained(drafting, registry=registry)
+    assert [(left.reason, left.names) for left in model.quantplug_plan.left] == [
+        ("not run by the model class", ("mtp.0.norm.weight", "mtp.0.up.qweight"))
+    ]
+    assert list(model._keys_to_ignore_on_load_unexpected) == [r"^mtp\."]
+    assert torch.equal(model(ids).logits, from_pretrained(checkpoint, registry=registry)(ids).logits)
+
+
+def test_kernels_are_tried_on_this_machine_before_they_are_chosen(checkpoint) -> None:
+    class Broken(ReferenceKernel):
+        name = "test.broken"
+
+        def supports(self, problem, platform):
+            return Accepted(Cost(0.0, 0.0))
+
+        def probe(self, platform):
+            return Rejected("probe", "its operator is missing")
+
+    class BrokenPlugin:
+        @staticmethod
+        @hookimpl
+        def quantplug_kernels():
+            return [Broken()]
+
+    model = from_pretrained(checkpoint, registry=build_registry({"quantplug-gptq": gptq, "broken": BrokenPlugin}))
+    assert model.quantplug_report.kernels == {"reference": 14}
+    assert "its operator is missing" in model.quantplug_plan.to_json()
+
+
+def test_a_configuration_file_cannot_speak_for_a_load() -> None:
+    assert QuantplugConfig(request={"plan": "nonsense"}).request is None
+    assert QuantplugConfig(source={"bits": 4}).to_dict() == {"bits": 4}
 
 
 def drop_norm(directory: Path) -> None:
