@@ -100,6 +100,7 @@ def test_weights_that_do_not_fit_in_place_leave_the_old_ones_as_they_were() -> N
 def broken(weight: Weight) -> list[tuple[Weight, str]]:
     """Return weights that do not obey their contract, and what is said about them."""
     assert weight.zeros is not None
+    ordered = replace(weight, spec=replace(weight.spec, act_order=True))
     return [
         (replace(weight, scales=weight.scales[:, :-1]), r"scales are \[64, 3\], not \[64, 4\]"),
         (replace(weight, scales=weight.scales[:-1]), r"scales are \[63, 4\], not \[64, 4\]"),
@@ -107,13 +108,14 @@ def broken(weight: Weight) -> list[tuple[Weight, str]]:
         (replace(weight, zeros=None), "zero points are missing for uint4"),
         (replace(weight, codes=weight.codes[:, :-1]), "codes have 127 inputs, not 128"),
         (replace(weight, codes=weight.codes.to(torch.int8)), "codes are torch.int8, not torch.uint8"),
-        (replace(weight, g_idx=torch.zeros(127, dtype=torch.int32)), r"g_idx is \[127\], not \[128\]"),
-        (replace(weight, g_idx=torch.full((128,), 4, dtype=torch.int32)), "leaves the 4 groups that have scales"),
-        (replace(weight, g_idx=torch.full((128,), -1, dtype=torch.int32)), "leaves the 4 groups that have scales"),
+        (replace(weight, g_idx=torch.zeros(128, dtype=torch.int32)), "g_idx is there for uint4 group 32"),
+        (replace(ordered, g_idx=torch.zeros(127, dtype=torch.int32)), r"g_idx is \[127\], not \[128\]"),
+        (replace(ordered, g_idx=torch.full((128,), 4, dtype=torch.int32)), "leaves the 4 groups that have scales"),
+        (replace(ordered, g_idx=torch.full((128,), -1, dtype=torch.int32)), "leaves the 4 groups that have scales"),
     ]
 
 
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("case", range(10))
 def test_weights_that_break_their_contract_are_refused_by_name_and_good_ones_follow(case: int) -> None:
     asked = problem(spec("uint4", 32), 64, 128)
     (good,) = weights(asked)

@@ -89,6 +89,15 @@ def test_groups_of_unequal_size_and_unused_ones_are_right(element: str, dtype: s
         layer.kernel.unprepare(layer.prepared)
 
 
+def test_a_part_of_a_layer_with_fewer_inputs_than_a_group_uses_the_scales_of_all_its_groups() -> None:
+    asked = problem(spec("int8", 128, act_order=True), 16, 64)
+    (weight,) = weights(replace(asked, in_features=512))
+    g_idx = (torch.arange(64) % 4).to(torch.int32)
+    layer = Layer.of(Int8Kernel(), asked, (replace(weight, codes=weight.codes[:, :64], g_idx=g_idx),))
+    for rows in (1, 17, 64):
+        layer.check(layer.inputs(rows))
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_segments_with_one_order_of_inputs_become_one_product_and_others_one_each(same: bool) -> None:
     asked = problem(spec("uint4", 32, act_order=True), (48, 16, 32), 128)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug.spec import PerTensor, group_count
+from quantplug.spec import PerGroup, PerTensor, group_count
 from quantplug.weight import Prepared
 from quantplug_cpu.fit import FAST_DTYPE
 
@@ -39,7 +39,10 @@ def check(segments: Sequence[Weight], in_features: int) -> None:
             raise ValueError(f"codes are {weight.codes.dtype}, not {wanted}")
         groups = group_count(weight.spec.granularity, k)
         if weight.g_idx is not None:
-            groups = weight.scales.shape[1]
+            if not weight.spec.act_order:
+                raise ValueError(f"g_idx is there for {weight.spec.describe()}")
+            if isinstance(weight.spec.granularity, PerGroup):
+                groups = weight.scales.shape[1]
             _check_g_idx(weight.g_idx, k, groups)
         shape = (1 if isinstance(weight.spec.granularity, PerTensor) else n, groups)
         if weight.scales.shape != shape:

@@ -100,8 +100,10 @@ class Int8Kernel(LinearKernel):
 def keeps_bytes(problem: LinearProblem) -> bool:
     """Return whether the int8 operator runs a problem: signed codes, one scale per row."""
     weight = problem.segments[0].weight
-    one_group = not isinstance(weight.granularity, PerGroup) or weight.granularity.size >= problem.in_features
-    return weight.element.signed and one_group
+    if isinstance(weight.granularity, PerGroup) and (weight.granularity.size < problem.in_features or weight.act_order):
+        # With act-order, even few inputs may belong to several groups: those of a part of a layer do.
+        return False
+    return weight.element.signed
 
 
 def _bytes_verdict(problem: LinearProblem) -> Verdict:

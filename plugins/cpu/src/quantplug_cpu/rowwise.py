@@ -161,12 +161,18 @@ def _copy_codes(segments: Sequence[Weight], out: torch.Tensor, inputs: int) -> N
     """Fill `[N, K]` with codes of any stride, a piece of the inputs at a time."""
     out[:, inputs:] = 0
     step = max(STEP, _PIECE_BYTES // out.shape[0] // STEP * STEP)
+    # Transposing out of memory whose rows are a power of two apart is slow: they compete for one place in the cache.
+    scratch = torch.empty(min(step, inputs), out.shape[0] + 64, dtype=torch.int8)
     row = 0
     for weight in segments:
         target = out[row : row + weight.out_features]
         row += weight.out_features
         for begin in range(0, inputs, step):
-            target[:, begin : min(begin + step, inputs)] = weight.codes[:, begin : begin + step]
+            source = weight.codes[:, begin : min(begin + step, inputs)]
+            if source.stride(1) != 1:
+                copied = scratch[: source.shape[1], : source.shape[0]]
+                source = copied.copy_(source.t()).t()
+            target[:, begin : begin + source.shape[1]] = source
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
