@@ -146,7 +146,7 @@ class QuantizedLinear(torch.nn.Module):
             scheme.decode(tensors, segment.shape, segment.name)
             for scheme, tensors, segment in zip(self._schemes, stored, self._layer.segments, strict=True)
         ]
-        self._commit(self._prepare(weights, device), self._fit_biases(biases, device), device)
+        self._commit(self._prepare(weights, device), self._fit_biases(biases, device))
         self.sources = sources
 
     def _prepare(self, weights: list[Weight], device: torch.device) -> tuple[Prepared, ...]:
@@ -181,16 +181,16 @@ class QuantizedLinear(torch.nn.Module):
         moved = [bias.to(device=device, dtype=self._dtype) for bias in biases]
         return tuple(moved) if parts > 1 else (torch.cat(moved) if len(moved) > 1 else moved[0],)
 
-    def _commit(
-        self, parts: tuple[Prepared, ...], biases: tuple[torch.Tensor | None, ...], device: torch.device
-    ) -> None:
+    def _commit(self, parts: tuple[Prepared, ...], biases: tuple[torch.Tensor | None, ...]) -> None:
         for number, part in enumerate(parts):
             for name, tensor in part.tensors.items():
                 self.register_buffer(f"prepared_{number}_{name.replace('.', '_')}", tensor, persistent=False)
         for number, bias in enumerate(biases):
             if bias is not None:
                 self.register_buffer(f"prepared_{number}_bias", bias, persistent=False)
-        self._parts, self._part_biases, self._device = parts, biases, device
+        self._parts, self._part_biases = parts, biases
+        # Asked for as "cuda", a tensor lies on "cuda:0"; what x is compared with is where the tensors lie.
+        self._device = next(iter(parts[0].tensors.values())).device
         if len(parts) == len(self._choices) == 1:
             self._only = (self._choices[0][1], parts[0], biases[0])
 
