@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := core plugins/gptq plugins/auto-round plugins/cpu plugins/transformers plugins/cli tests/testkit
-TOOLS := pytest hypothesis pytest-benchmark ml_dtypes import-linter ruff mypy matplotlib accelerate gguf
+TOOLS := pytest hypothesis ml_dtypes import-linter ruff mypy matplotlib accelerate gguf
 
 .PHONY: demo test lint unit slow bench setup clean
 
