@@ -71,7 +71,6 @@ def prepare(
     held = torch.bfloat16 if fast else segments[0].scales.dtype
     wanted: dict[str, Place] = {"exact": ((), torch.bool)}
     meta = {"parts": len(parts), "planes": planes, "many": MANY_ROWS[planes] if fast else 0}
-    meta["few"] = meta["many"] if len(parts) == 1 else 0
     for number, (part, inputs) in enumerate(zip(parts, arranged, strict=True)):
         rows, pad = _rows(part), inputs.slots.count - problem.in_features
         for name, shape_and_dtype in _tensors(part, inputs, planes, held, fast=fast).items():
@@ -79,7 +78,9 @@ def prepare(
         meta[f"rows.{number}"], meta[f"empty.{number}"] = rows, filled(rows) - rows
         meta[f"pad.{number}"] = pad if inputs.sources is None else min(pad, 1)
         meta[f"group.{number}"], meta[f"groups.{number}"] = inputs.slots.group, part[0].scales.shape[1]
-    meta["direct"] = int(planes == 1 and not meta["pad.0"] and "columns.0" not in wanted)
+    # The operator's group where x and y need nothing but the operator, else 0.
+    direct = fast and (planes, len(parts), meta["pad.0"], meta["empty.0"]) == (1, 1, 0, 0) and "columns.0" not in wanted
+    meta["direct"] = meta["group.0"] if direct else 0
     result = place(wanted, meta, problem, layout_id, out)
     result.tensors["exact"].fill_(survives(segments, held))
     for number, (part, inputs) in enumerate(zip(parts, arranged, strict=True)):

@@ -12,12 +12,13 @@ from quantplug.spec import PerTensor
 from quantplug.weight import Weight
 from quantplug_cpu.arrange import arrange_inputs
 from quantplug_cpu.checks import refuse_rounded
-from quantplug_cpu.fit import FAST_DTYPE
+from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS
 from quantplug_cpu.tiles import linear_by_tiles, packed_codes, packed_values
 
 if TYPE_CHECKING:
     from quantplug.weight import Prepared
 
+_FEW_ROWS = MANY_ROWS[1]
 _OPERATOR = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
@@ -25,18 +26,16 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
     """
     Return `[..., N]` for x `[..., K]`: by the operator where it is fast, else by tiles.
 
-    Few rows of one sequence come first and with as few steps as can be: that is what a decoding step consists of.
+    Few rows of one sequence on a layer that needs no preparation of x come first and with as few steps as can be: that
+    is what a decoding step consists of. What is looked up here a compiled model checks at every call, too.
     """
-    meta, shape = prepared.meta, x.shape
+    group, shape = prepared.meta["direct"], x.shape
     sequence = len(shape) == 3 and shape[0] == 1
-    if (sequence or len(shape) == 2) and 0 < shape[-2] < meta["few"] and not x.requires_grad:
+    if group and (sequence or len(shape) == 2) and 0 < shape[-2] < _FEW_ROWS and not x.requires_grad:
         tensors = prepared.tensors
-        flat = x.squeeze(0) if sequence else x
         # The operator reads x as if it were contiguous.
-        flat = flat.contiguous() if meta["direct"] else _to_slots(flat, prepared, 0, planes=meta["planes"])
-        y: torch.Tensor = _OPERATOR(flat, tensors["packed.0"], meta["group.0"], tensors["pairs.0"])
-        if meta["empty.0"]:
-            y = y[:, : meta["rows.0"]].contiguous()
+        flat = (x.squeeze(0) if sequence else x).contiguous()
+        y: torch.Tensor = _OPERATOR(flat, tensors["packed.0"], group, tensors["pairs.0"])
         if bias is not None:
             y.add_(bias)
         return y.unsqueeze(0) if sequence else y
@@ -44,17 +43,20 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
 
 
 def _multiply_any(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.numel() // x.shape[-1]
-    flat = x.reshape(rows, x.shape[-1])
+    rows, parts = x.numel() // x.shape[-1], prepared.meta["parts"]
+    flat = x if x.dim() == 2 else x.reshape(rows, x.shape[-1])
     by_tiles = rows >= prepared.meta["many"] or x.requires_grad
     if prepared.problem.dtype != FAST_DTYPE:
         flat = flat.to(torch.float32)
         bias = None if bias is None else bias.to(torch.float32)
-    parts = [_part(flat, prepared, number, by_tiles=by_tiles) for number in range(prepared.meta["parts"])]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    y = _part(flat, prepared, 0, by_tiles=by_tiles)
+    if parts > 1:
+        others = [_part(flat, prepared, number, by_tiles=by_tiles) for number in range(1, parts)]
+        y = torch.cat([y, *others], dim=1)
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+    y = y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _part(x: torch.Tensor, prepared: Prepared, number: int, *, by_tiles: bool) -> torch.Tensor:
