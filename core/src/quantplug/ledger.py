@@ -37,12 +37,6 @@ class Ledger:
                 "QP-LOAD-CLAIM", tensor, f"claimed by {owner} and by {first}", expected="exactly one module to use it"
             )
 
-    def release(self, owner: str) -> None:
-        """Forget everything about one owner and its parameters: its load was rolled back."""
-        self._claims = {tensor: who for tensor, who in self._claims.items() if who != owner}
-        for name in [name for name in self._shapes if name == owner or name.startswith(f"{owner}.")]:
-            del self._shapes[name], self._written[name], self._open[name]
-
     def expect(self, parameter: str, shape: tuple[int, ...]) -> None:
         """Record that a parameter of that shape exists and nothing of it is written yet."""
         self._shapes[parameter] = shape
@@ -95,10 +89,6 @@ class Ledger:
                 expected="every element to be written once",
                 fix="A shard is missing from the checkpoint, or its loader skipped it.",
             )
-
-    def unclaimed(self, tensors: tuple[str, ...]) -> tuple[str, ...]:
-        """Return those of the given checkpoint tensors that nobody has claimed."""
-        return tuple(name for name in tensors if name not in self._claims)
 
 
 def _show(box: Box) -> str:
