@@ -91,6 +91,23 @@ def medians(calls: list[Call], rounds: int, seconds: float) -> list[float]:
     return [statistics.median(times) for times in samples]
 
 
+def pairs(ours: Call, bare: Call, *, rounds: int, calls: int = 15) -> list[tuple[float, float]]:
+    """Return the seconds per call of two that differ by little; who goes first changes from round to round."""
+    for call in (ours, bare):
+        for _ in range(calls):
+            call()
+    result = []
+    for number in range(rounds):
+        seconds: dict[Call, float] = {}
+        for call in (ours, bare) if number % 2 else (bare, ours):
+            started = time.perf_counter()
+            for _ in range(calls):
+                call()
+            seconds[call] = (time.perf_counter() - started) / calls
+        result.append((seconds[ours], seconds[bare]))
+    return result
+
+
 def measure_shape(n: int, k: int, rows: tuple[int, ...], rounds: int, bandwidth: float) -> list[dict[str, Any]]:
     """Return one row of figures per format and number of rows."""
     dense = torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(requires_grad=False)
@@ -163,12 +180,12 @@ def measure_overhead(size: int, rounds: int, layers: int = 30) -> dict[str, floa
             chains: list[Any] = [Chain(modules, bare_operator=bare_operator) for bare_operator in (False, True)]
             if kind == "compiled":
                 chains = [torch.compile(chain, fullgraph=True) for chain in chains]
-            ours, operator = (t / len(modules) * 1e6 for t in medians([lambda c=c: c(x) for c in chains], rounds, 0.05))
+            times = pairs(*(lambda c=c: c(x) for c in chains), rounds=rounds)
             result |= {
-                f"{kind}_us": ours,
-                f"{kind}_bare_us": operator,
-                f"{kind}_over_us": ours - operator,
-                f"{kind}_over_percent": (ours / operator - 1) * 100,
+                f"{kind}_us": statistics.median(ours for ours, _ in times) / len(modules) * 1e6,
+                f"{kind}_bare_us": statistics.median(operator for _, operator in times) / len(modules) * 1e6,
+                f"{kind}_over_us": statistics.median(a - b for a, b in times) / len(modules) * 1e6,
+                f"{kind}_over_percent": (statistics.median(a / b for a, b in times) - 1) * 100,
             }
     return result
 
@@ -179,7 +196,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     shapes, rows, rounds = (SHAPES[:1], ROWS[:3], 5) if quick else (SHAPES, ROWS, 9)
     with torch.inference_mode():
         figures = [figure for n, k in shapes for figure in measure_shape(n, k, rows, rounds, bandwidth)]
-        overhead = measure_overhead(576, 5 if quick else 15)
+        overhead = measure_overhead(576, 30 if quick else 150)
     return {"machine": describe(), "read_bandwidth": bandwidth, "layers": figures, "overhead": overhead}
 
 

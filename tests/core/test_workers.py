@@ -26,7 +26,7 @@ def test_each_worker_computes_with_its_share_and_everyone_else_as_before() -> No
     torch.set_num_threads(2)
     try:
         seen: list[int] = []
-        with Workers[int](2) as workers:
+        with Workers[int](1) as workers:
             for _ in range(4):
                 workers.give(1, torch.get_num_threads)
             shares = list(workers.rest())
@@ -75,7 +75,7 @@ def test_the_first_error_is_raised_in_its_turn_and_tasks_that_have_not_begun_are
         return number
 
     results: list[int] = []
-    with pytest.raises(ValueError, match="layer 1"), Workers[int](1) as workers:  # noqa: PT012
+    with pytest.raises(ValueError, match="layer 1"), Workers[int](1, help_out=False) as workers:  # noqa: PT012
         for number in range(5):
             workers.give(1, lambda n=number: task(n))
         for result in workers.rest():
@@ -85,5 +85,46 @@ def test_the_first_error_is_raised_in_its_turn_and_tasks_that_have_not_begun_are
     assert done in ([0], [0, 2])
 
 
+def test_a_caller_that_would_wait_runs_what_no_thread_has_begun_and_computes_with_its_share() -> None:
+    before, gate = torch.get_num_threads(), threading.Event()
+    torch.set_num_threads(2)
+    try:
+        ran: list[tuple[int, bool, int]] = []
+
+        def task(number: int) -> None:
+            here = threading.current_thread() is threading.main_thread()
+            ran.append((number, here, torch.get_num_threads()))
+            assert here or gate.wait(10)
+            if here:
+                gate.set()
+
+        with Workers[None](1) as workers:
+            for number in range(3):
+                workers.give(1, lambda n=number: task(n))
+                while not ran:
+                    time.sleep(0.001)  # until a thread has begun the first
+            list(workers.rest())
+        assert ran[:2] == [(0, False, 1), (2, True, 1)]
+        assert [number for number, *_ in ran[2:]] == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_a_task_raises_in_the_caller_is_raised_in_its_turn_too() -> None:
+    gate = threading.Event()
+
+    def fail() -> int:
+        gate.set()
+        raise ValueError("layer 1")
+
+    results: list[int] = []
+    with pytest.raises(ValueError, match="layer 1"), Workers[int](1) as workers:  # noqa: PT012
+        workers.give(1, lambda: 0 if gate.wait(10) else 1)
+        workers.give(1, fail)
+        results.extend(workers.rest())
+    assert results == [0]
+
+
 def test_there_are_no_more_workers_than_threads() -> None:
-    assert 1 <= worker_count() <= torch.get_num_threads()
+    assert 1 <= worker_count() <= max(1, torch.get_num_threads() - 1)

@@ -116,6 +116,8 @@ class LinearKernel(ABC):
     Instances hold no state of a layer.
     """
 
+    __slots__ = ()
+
     name: ClassVar[str]
     """Unique among installed kernels, family first: "marlin.w4a16"."""
     layout_id: ClassVar[str]

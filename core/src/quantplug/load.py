@@ -129,7 +129,7 @@ def load_layers(
             done += layer.file_bytes
             tell(progress, "load", done, total)
 
-    with TensorReader(checkpoint) as reader, Workers[_Installed](worker_count() if on_cpu else 1) as workers:
+    with TensorReader(checkpoint) as reader, _workers(on_cpu=on_cpu) as workers:
         for layer in quantized:
             module = modules[layer.path] if modules is not None else QuantizedLinear(layer, plan, registry, schemes)
             needed = layer.file_bytes + sum(s.shape.out_features * s.shape.in_features for s in layer.segments)
@@ -142,6 +142,11 @@ def load_layers(
         finish(workers.rest())
     prepared = sum(buffer.nbytes for module in filled.values() for buffer in module.buffers())
     return LoadedLayers(filled, LoadReport(total, read_seconds, install_seconds, prepared, kernels))
+
+
+def _workers(*, on_cpu: bool) -> Workers[_Installed]:
+    """Return the threads of a load; layers for an accelerator are prepared one by one, in the order they are read."""
+    return Workers(worker_count()) if on_cpu else Workers(1, help_out=False)
 
 
 def refuse_unusable_kernels(plan: Plan, registry: Registry) -> None:

@@ -230,7 +230,7 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` for x `[..., K]` of the planned dtype on the layer's device."""
         # A decoding step calls this hundreds of times; every attribute looked up here shows in tokens per second.
-        if x.shape[-1] != self.in_features or x.dtype != self._dtype or x.device != self._device:
+        if not self._takes(x.shape[-1], x.dtype, x.device):
             self._refuse(x)
         if self._only is not None:
             kernel, part, bias = self._only
@@ -241,6 +241,15 @@ class QuantizedLinear(torch.nn.Module):
         return torch.cat(
             [kernel.apply(x, part, bias) for part, bias in zip(self._parts, self._part_biases, strict=True)], dim=-1
         )
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _takes(self, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """
+        Return whether x is what the layer was prepared for.
+
+        A prepared layer never changes what it takes, so that a compiled model need not compare it at every call.
+        """
+        return size == self.in_features and dtype == self._dtype and device == self._device
 
     def _kernel_for(self, x: torch.Tensor) -> LinearKernel:
         rows = x.numel() // self.in_features

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from typing import TYPE_CHECKING, Any, Self
+import os
+from typing import TYPE_CHECKING, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quantplug.checkpoint import check_unchanged
 from quantplug.errors import CheckpointError
@@ -17,19 +17,22 @@ from quantplug.errors import CheckpointError
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from quantplug.checkpoint import Checkpoint
+    from quantplug.checkpoint import Checkpoint, TensorHeader
 
 
 class TensorReader:
     """
-    Reads tensors of one checkpoint through `pread`: a file that shrinks meanwhile is an error, not a dead process.
+    Reads tensors of one checkpoint by `pread`: a file that shrinks meanwhile is an error, not a dead process.
+
+    The bytes go straight into the tensor, and other Python threads run meanwhile (safetensors' own reader holds them
+    up, which costs a load a third of its time).
 
     A context manager; leaving it without an error checks that no file changed while it was open.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -38,7 +41,7 @@ class TensorReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self._files.values():
-            file.__exit__(None, None, None)
+            os.close(file)
         self._files.clear()
         if error is None:
             check_unchanged(self._checkpoint)
@@ -54,21 +57,27 @@ class TensorReader:
         header = self._checkpoint.tensors.get(name)
         if header is None:
             raise CheckpointError("QP-ST-MISSING", str(self._checkpoint.directory), f"has no tensor {name}")
+        tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
         try:
-            if header.file not in self._files:
-                path = self._checkpoint.directory / header.file
-                self._files[header.file] = safe_open(path, framework="pt", backend="pread").__enter__()
-            tensor: torch.Tensor = self._files[header.file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise self._changed(header.file, name, str(error)) from error
-        if tuple(tensor.shape) != header.shape or str(tensor.dtype).removeprefix("torch.") != header.dtype:
-            raise self._changed(header.file, name, f"it now is {tensor.dtype} {list(tensor.shape)}")
+            self._fill(raw_bytes(tensor), header)
+        except OSError as error:
+            raise self._changed(header, error.strerror or str(error)) from error
         return tensor
 
-    def _changed(self, file: str, name: str, what: str) -> CheckpointError:
+    def _fill(self, target: memoryview, header: TensorHeader) -> None:
+        if header.file not in self._files:
+            self._files[header.file] = os.open(self._checkpoint.directory / header.file, os.O_RDONLY | os.O_CLOEXEC)
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._files[header.file], [target[done:]], header.start + done)
+            if count == 0:
+                raise self._changed(header, f"it ends at byte {header.start + done}")
+            done += count
+
+    def _changed(self, header: TensorHeader, what: str) -> CheckpointError:
         return CheckpointError(
             "QP-ST-CHANGED",
-            f"{self._checkpoint.directory / file}: {name}",
+            f"{self._checkpoint.directory / header.file}: {header.name}",
             f"cannot be read as its header said: {what}",
             expected="a file that stays as it is while it is read",
             fix="Wait until whoever writes it is done, and load again.",

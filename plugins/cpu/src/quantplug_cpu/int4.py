@@ -31,6 +31,8 @@ class Int4Kernel(LinearKernel):
     dtypes tiles in float32 are always faster than the operator, and as exact as can be.
     """
 
+    __slots__ = ()  # a compiled model checks every object that has attributes of its own, at every call
+
     name = "cpu.int4"
     layout_id = "cpu.int4"
     traits = Traits(uniform_segments=True)

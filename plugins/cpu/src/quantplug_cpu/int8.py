@@ -38,6 +38,8 @@ class Int8Kernel(LinearKernel):
     with x given twice.
     """
 
+    __slots__ = ()  # a compiled model checks every object that has attributes of its own, at every call
+
     name = "cpu.int8"
     layout_id = "cpu.int8"
     traits = Traits(uniform_segments=True)
