@@ -130,9 +130,11 @@ def _parts(plan: Plan, layers: list[LayerPlan], checkpoint: Any, found: Registry
         with TensorReader(checkpoint) as reader:
             stored = {suffix: reader.read(tensor) for suffix, tensor in segment.tensors}
         weight = scheme.decode(stored, segment.shape, segment.name)
-        prepared = kernel.prepare(problem, [weight], torch.device("cpu"))
+        prepared = kernel.prepare(problem, [weight], [None], torch.device("cpu"))
         spent["decode"] += seconds(lambda s=stored, g=segment, f=scheme: f.decode(s, g.shape, g.name), runs)
-        spent["prepare"] += seconds(lambda p=problem, w=weight, f=kernel: f.prepare(p, [w], torch.device("cpu")), runs)
+        spent["prepare"] += seconds(
+            lambda p=problem, w=weight, f=kernel: f.prepare(p, [w], [None], torch.device("cpu")), runs
+        )
         spent["decode_floor"] += seconds(lambda w=weight: w.codes.clone(), runs)
         packed = max(prepared.tensors.values(), key=lambda tensor: tensor.nbytes)
         spent["prepare_floor"] += seconds(lambda t=packed: t.clone(), runs)

@@ -125,7 +125,7 @@ BROKEN = {
     "caller wants a dense file quantized": (
         {"config_json": {}}, {"quant_method": "abc", "bits": 4}, "QP-CFG-OVERRIDE", "caller",
         "bits, quant_method given for a checkpoint whose config.json names no quantization", "the weights are dense",
-        "convert the checkpoint",
+        "quantize them while loading",
     ),
     "a file that nobody reads": (
         {"config_json": {}, "hf_quant_config_json": {"quantization": {}}}, None, "QP-CFG-METHOD",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantplug.platform import Platform
     from quantplug.plugins import Registry
     from quantplug.spec import LinearProblem
-    from quantplug.weight import Prepared, Weight
+    from quantplug.weight import ActivationParams, Prepared, Weight
 
 
 def loaded(directory: Path, registry: Registry | None = None, **arguments: object):
@@ -111,12 +111,17 @@ def test_a_kernel_that_fails_to_prepare_leaves_nothing_and_a_good_load_follows(
         calls = 0
 
         def prepare(
-            self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+            self,
+            problem: LinearProblem,
+            segments: Sequence[Weight],
+            activation: Sequence[ActivationParams | None],
+            device: torch.device,
+            out: Prepared | None = None,
         ) -> Prepared:
             Liar.calls += 1
             if Liar.calls == 5:
                 raise error
-            return super().prepare(problem, segments, device, out)
+            return super().prepare(problem, segments, activation, device, out)
 
     directory = toy_checkpoint(tmp_path)
     before = file_hashes(directory)

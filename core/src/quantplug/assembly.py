@@ -14,7 +14,7 @@ from quantplug.detect import CpuProvider, CudaProvider
 from quantplug.errors import PluginError
 from quantplug.offers import Offer
 from quantplug.reference import ReferenceKernel
-from quantplug.registry import Conflict, Disabled, PluginFailure, PluginInfo, Provided, Registry
+from quantplug.registry import Conflict, Disabled, PluginFailure, PluginInfo, Provided, Recipe, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,6 +55,7 @@ def assemble(
     conflicts: list[Conflict] = []
     everyone = [_CORE, *plugins]
     schemes = _merge("scheme", [(p.info, p.offer.schemes) for p in everyone], conflicts)
+    recipes = _merge("recipe", [(p.info, _recipes(p.offer)) for p in everyone], conflicts)
     kernels_by_name = _merge("kernel", [(p.info, p.offer.kernels) for p in everyone], conflicts)
     platforms_by_kind = _merge("platform", [(p.info, p.offer.platforms) for p in everyone], conflicts)
     hosts = _merge("host", [(p.info, p.offer.hosts) for p in everyone], conflicts)
@@ -70,6 +71,7 @@ def assemble(
         platforms=platforms_by_kind,
         hosts=hosts,
         architectures=_architectures(plugins, conflicts),
+        recipes=MappingProxyType({name: r for name, r in recipes.items() if r.item.scheme in schemes}),
         conflicts=tuple(sorted(conflicts, key=lambda c: (c.kind, c.name))),
         disabled=tuple(disabled),
     )
@@ -114,6 +116,12 @@ def _merge(
 def _claimants(infos: Sequence[PluginInfo]) -> tuple[str, ...]:
     names = sorted({info.distribution for info in infos})
     return tuple(names if len(names) > 1 else sorted(f"{info.distribution} ({info.entry})" for info in infos))
+
+
+def _recipes(offer: Offer) -> dict[str, Recipe]:
+    return {
+        name: Recipe(scheme, params) for scheme, recipes in offer.recipes.items() for name, params in recipes.items()
+    }
 
 
 def _methods(offer: Offer) -> dict[str, str]:

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from quantplug.jsonio import Json
+    from quantplug.onload import OnLoad
     from quantplug.registry import Provided, Registry
     from quantplug.sections import Section
     from quantplug.skip import Rule, SchemeRef
+    from quantplug.spec import ActivationSpec
 
 _METHOD_GRAMMAR = re.compile(r"[a-z0-9_.-]{1,64}")
 
@@ -82,6 +84,8 @@ class QuantConfig:
         fields: what was read and from where.
         notes: what a reader should know.
         section: the whole description as the files and the caller spell it, to be written beside saved weights.
+        kv_cache: how the cache of keys and values is to be quantized, handed on to the framework.
+        on_load: whether the stored weights are dense and quantized while they are loaded.
     """
 
     dialect: str
@@ -90,6 +94,8 @@ class QuantConfig:
     fields: tuple[Field, ...] = ()
     notes: tuple[str, ...] = ()
     section: Mapping[str, Json] = field(default_factory=dict, compare=False)
+    kv_cache: ActivationSpec | None = None
+    on_load: bool = False
 
 
 DENSE = QuantConfig(dialect="", default=None)
@@ -141,7 +147,11 @@ def read_model_config(directory: str | Path) -> dict[str, Json]:
 
 
 def resolve_config(
-    directory: str | Path, registry: Registry, *, override: Mapping[str, Json] | None = None
+    directory: str | Path,
+    registry: Registry,
+    *,
+    override: Mapping[str, Json] | None = None,
+    quantize: OnLoad | None = None,
 ) -> QuantConfig:
     """
     Find out how a checkpoint is quantized.
@@ -154,6 +164,10 @@ def resolve_config(
         directory: of the checkpoint.
         registry: whose dialects are asked.
         override: fields the caller states; they may add to what the files say and confirm it, never contradict it.
+        quantize: the wish to quantize dense weights while they are loaded; about a checkpoint that is quantized, it may
+            only confirm what the files say.
+
+    The same function serves a model and its draft: each is resolved from the directory that its tensors lie in.
 
     Raises:
         ConfigError: `QP-CFG-METHOD` when nobody reads the method, `QP-CFG-CONTRADICTION`, `QP-CFG-OVERRIDE`, and what
@@ -169,7 +183,7 @@ def resolve_config(
     sections = find_sections(directory, model, owners)
     unread = unread_neighbours(directory, owners)
     if not sections:
-        return _dense(directory, model, unread, registry, override or {})
+        return _dense(directory, model, unread, registry, override or {}, quantize)
     method, origin, notes = _method(sections, registry, override or {})
     provided = _dialect(method, origin, registry)
     merged = merge(sections, provided.item.name)
@@ -179,19 +193,31 @@ def resolve_config(
     notes += [*code_notes(model, merged), *merged.notes]
     notes += [f"{name} lies beside; no installed plugin reads it" for name in unread]
     raw = RawConfig(method, merged.fields, merged.origins, model, sections[0].place)
-    return _parse(provided, raw, notes)
+    config = _parse(provided, raw, notes)
+    if quantize is not None:
+        from quantplug.onload import confirm
+
+        confirm(quantize, config, registry)
+    return config
 
 
 def _dense(
-    directory: Path, model: Mapping[str, Json], unread: Sequence[str], registry: Registry, override: Mapping[str, Json]
+    directory: Path,
+    model: Mapping[str, Json],
+    unread: Sequence[str],
+    registry: Registry,
+    override: Mapping[str, Json],
+    quantize: OnLoad | None,
 ) -> QuantConfig:
+    from quantplug.onload import on_load_config, suggested_grid
+
     if override:
         raise ConfigError(
             "QP-CFG-OVERRIDE",
             CALLER,
             f"{', '.join(sorted(override))} given for a checkpoint whose {CONFIG_FILE} names no quantization",
             expected="no override: the weights are dense",
-            fix="To quantize them, convert the checkpoint (quantplug convert); nothing is quantized while loading.",
+            fix="To quantize them while loading, name a grid (quantize='int4-g64'); quantplug convert writes them so.",
         )
     if unread:
         raise ConfigError(
@@ -202,7 +228,10 @@ def _dense(
             fix="Install the plugin for that format, or move the file away if the weights are dense."
             + "".join(f" Note that {failure}." for failure in registry.failures),
         )
-    return replace(DENSE, notes=tuple(code_notes(model, Merged())))
+    notes = tuple(code_notes(model, Merged()))
+    if quantize is not None:
+        return replace(on_load_config(quantize, registry), notes=notes)
+    return replace(DENSE, notes=(*notes, *suggested_grid(directory, model, registry)))
 
 
 def _method(

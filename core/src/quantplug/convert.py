@@ -23,7 +23,7 @@ from quantplug.load import tell
 from quantplug.plugins import registry as installed
 from quantplug.reader import TensorReader
 from quantplug.scheme import LinearScheme
-from quantplug.schemes import SchemeCache
+from quantplug.schemes import SchemeCache, quantize_dense
 from quantplug.skip import SchemeRef
 from quantplug.source import resolve_source
 from quantplug.staging import StagedDirectory
@@ -196,13 +196,9 @@ def _write_all(
 
 def _quantize(job: Job, reader: TensorReader, writer: TensorFileWriter, hessian: torch.Tensor | None) -> torch.Tensor:
     """Quantize one layer, write it, and return the values it now has."""
-    dense = reader.read(job.source)
-    if not bool(torch.isfinite(dense).all()):
-        bad = torch.nonzero(~torch.isfinite(dense))[0].tolist()
-        raise ConvertError("QP-CONV-VALUE", job.source, f"is not finite at {bad}", expected="finite weights")
     if job.scheme is None:
         raise TypeError(f"{job.source} is to be copied, not quantized")
-    weight = job.scheme.quantize(dense, hessian=hessian)
+    weight = quantize_dense(job.scheme, reader.read(job.source), job.source, hessian=hessian)
     stored = job.scheme.encode(weight)
     for name, _, _ in job.outputs:
         writer.write(name, stored[name.rpartition(".")[2]])

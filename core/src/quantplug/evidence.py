@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from quantplug.errors import CheckpointError, list_names
+from quantplug.kvcache import is_kv_scale
 from quantplug.plan import LeftTensors
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ Evidence = Literal["quantized", "partial", "dense", "both", "absent"]
 DENSE_SUFFIX = "weight"
 BIAS_SUFFIX = "bias"
 # Values that every engine computes anew from the configuration; old exporters stored them all the same.
+DENSE_DTYPES = ("bfloat16", "float16", "float32")
+"""What the `weight` of a layer that stayed whole may be."""
 _DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
 
 
@@ -30,7 +33,12 @@ class StoredModules:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._modules: dict[str, dict[str, TensorHeader]] = {}
+        self.kv_scales = tuple(name for name in checkpoint.tensors if is_kv_scale(name))
+        """Names of stored scales of a cache of keys and values; they belong to no module."""
+        handed = frozenset(self.kv_scales)
         for header in checkpoint.tensors.values():
+            if header.name in handed:
+                continue
             module, _, suffix = header.name.rpartition(".")
             self._modules.setdefault(module, {})[suffix] = header
 
@@ -49,12 +57,12 @@ class StoredModules:
 
         Args:
             module: checkpoint path.
-            suffixes: those of the format in question that a dense layer does not have.
+            suffixes: those of the format in question; it may have a `weight` of its own, in a dtype of its own.
             required: those it cannot do without.
         """
         stored = self.tensors(module)
-        dense = DENSE_SUFFIX in stored and DENSE_SUFFIX not in suffixes
-        found = [suffix for suffix in suffixes if suffix in stored]
+        dense = DENSE_SUFFIX in stored and (DENSE_SUFFIX not in suffixes or stored[DENSE_SUFFIX].dtype in DENSE_DTYPES)
+        found = [suffix for suffix in suffixes if suffix in stored and not (dense and suffix == DENSE_SUFFIX)]
         if not found:
             return "dense" if dense else "absent"
         if dense:
@@ -72,10 +80,11 @@ class StoredModules:
         claimed |= {name for layer in layers for segment in layer.segments for _, name in segment.tensors}
         tied = {module.name: module.tied_to for module in inventory if module.tied_to}
         unused = frozenset(inventory.unused)
+        handed = frozenset(self.kv_scales)
         left: dict[str, list[str]] = {}
         extra: list[str] = []
         for name in self._checkpoint.tensors:
-            if name in claimed:
+            if name in claimed or name in handed:
                 continue
             owner = tied.get(name.rpartition(".")[0])
             if owner:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from quantplug.platform import Platform
     from quantplug.spec import LinearProblem
-    from quantplug.weight import Prepared, Weight
+    from quantplug.weight import ActivationParams, Prepared, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,15 @@ class Accepted:
         casts: roundings it performs; shown in the plan, used by the conformance bound.
         extra_bytes: bytes it keeps beyond codes and scales at their stored width (padding, wider codes).
         notes: short remarks for the plan ("x is permuted once per call").
+        quantizes_x: whether x is quantized as `problem.activation` permits, and exactly so; shown in the plan, and done
+            in the same way by the oracle that the kernel is checked against.
     """
 
     cost: Cost
     casts: tuple[Cast, ...] = ()
     extra_bytes: int = 0
     notes: tuple[str, ...] = ()
+    quantizes_x: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,7 @@ class LinearKernel(ABC):
         self,
         problem: LinearProblem,
         segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
         device: torch.device,
         out: Prepared | None = None,
     ) -> Prepared:
@@ -156,6 +160,7 @@ class LinearKernel(ABC):
         Args:
             problem: what `supports` accepted.
             segments: one `Weight` per segment of the problem, on the CPU; they stay the caller's and are not modified.
+            activation: what the file stores about x, one per segment; for kernels that quantize x.
             device: where the result lives.
             out: an earlier result of the same problem, to be overwritten in place (weight reload keeps addresses).
         """

@@ -4,19 +4,21 @@ The plan of one module: its ruling, what its stored tensors say, the problem, an
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from quantplug.errors import CheckpointError, ConfigError
-from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX
+from quantplug.evidence import BIAS_SUFFIX, DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.kernel import Accepted
 from quantplug.plan import LayerPlan, Segment
 from quantplug.schemes import SchemeCache
 from quantplug.select import select
-from quantplug.spec import LinearProblem, LinearShape, SegmentSpec, group_count
+from quantplug.spec import LinearProblem, LinearShape, SegmentSpec, scale_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from quantplug.checkpoint import TensorHeader
     from quantplug.config import QuantConfig
     from quantplug.evidence import StoredModules
     from quantplug.inventory import ModuleInfo
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from quantplug.scheme import LinearScheme
     from quantplug.skip import Ruling, SchemeRef
 
-_SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e8m0fnu": 1, "float8_e4m3fn": 1}
 
 
 class LayerPlanner:
@@ -107,6 +109,10 @@ class LayerPlanner:
 
     def _settle(self, module: ModuleInfo, name: str, ruling: Ruling) -> tuple[SchemeRef | None, str]:
         """Let the stored tensors confirm the ruling for one shard, or overrule it where they are unambiguous."""
+        if self._config.on_load:
+            if ruling.use is not None and DENSE_SUFFIX not in self._stored.tensors(name):
+                raise self._missing(module)
+            return ruling.use, ""
         asked = ruling.use or self._config.default or self._any_scheme()
         if asked is None:
             return None, ""
@@ -179,7 +185,9 @@ class LayerPlanner:
                 "QP-ST-MISSING", module.path, f"only {', '.join(biases)} of its shards' biases are stored",
                 expected="a bias for every shard, or none",
             )  # fmt: skip
-        problem = LinearProblem(shape.in_features, tuple(specs), self.dtype, bool(biases), schemes[0].activation_spec())
+        permitted = {scheme.activation_spec() for scheme in schemes}
+        activation = permitted.pop() if len(permitted) == 1 else None
+        problem = LinearProblem(shape.in_features, tuple(specs), self.dtype, bool(biases), activation)
         index = self._decide(problem, module)
         headers = [self._stored.tensors(s.name)[suffix] for s in segments for suffix, _ in s.tensors]
         headers += [self._stored.tensors(s.name)[BIAS_SUFFIX] for s in segments if biases]
@@ -199,6 +207,8 @@ class LayerPlanner:
 
     def _segment(self, name: str, ref: SchemeRef, scheme: LinearScheme) -> Segment:
         stored = self._stored.tensors(name)
+        if self._config.on_load:
+            return self._dense_segment(name, ref, scheme, stored[DENSE_SUFFIX])
         shapes = {suffix: header.shape for suffix, header in stored.items() if suffix in scheme.suffixes}
         shape = scheme.shape_of(shapes, name)
         tensors = []
@@ -224,6 +234,22 @@ class LayerPlanner:
                 )
             tensors.append((param.suffix, header.name))
         return Segment(name, ref, shape, tuple(tensors))
+
+    def _dense_segment(self, name: str, ref: SchemeRef, scheme: LinearScheme, header: TensorHeader) -> Segment:
+        """Return a segment that is stored dense and quantized while loading."""
+        where = f"{header.file}: {header.name}"
+        if len(header.shape) != 2:
+            raise CheckpointError("QP-ST-SHAPE", where, f"shape {list(header.shape)}", expected="two dimensions")
+        if header.dtype not in DENSE_DTYPES:
+            raise CheckpointError("QP-ST-DTYPE", where, f"dtype {header.dtype}", expected=" or ".join(DENSE_DTYPES))
+        shape = LinearShape(*header.shape)
+        try:
+            scheme.params(shape)
+        except ConfigError as error:
+            raise ConfigError(
+                error.code, name, error.what, expected=error.expected, fix=error.fix or f"Skip it: skip=[{name!r}]."
+            ) from error
+        return Segment(name, ref, shape, ((DENSE_SUFFIX, header.name),), quantize=True)
 
     def _decide(self, problem: LinearProblem, module: ModuleInfo) -> int:
         wishes = tuple(rule for rule in self._policy.rules if rule.concerns(module))
@@ -253,8 +279,7 @@ class LayerPlanner:
         verdict = next(c.verdict for c in decision.candidates if c.kernel == decision.kernel)
         extra = verdict.extra_bytes if isinstance(verdict, Accepted) else 0
         shared = sum(
-            segment.out_features
-            * group_count(segment.weight.granularity, problem.in_features)
+            prod(scale_shape(segment.weight.granularity, segment.out_features, problem.in_features))
             * (_SCALE_BYTES[segment.weight.scale_dtype] + segment.weight.zero_points)
             for segment in problem.segments
         )
@@ -282,6 +307,8 @@ class LayerPlanner:
             return f"{ruling.rule.entry.text} ({ruling.rule.entry.origin})"
         if ruling.shards:
             return "; ".join(f"{shard}: {text}" for shard, text in ruling.shards)
+        if self._config.on_load:
+            return "quantized on load, as the caller wishes"
         return f"default of {self._config.dialect}" if self._config.dialect else "the checkpoint is dense"
 
     def _missing(self, module: ModuleInfo) -> CheckpointError:

@@ -13,7 +13,7 @@ import torch
 
 from quantplug.checkpoint import Checkpoint, open_checkpoint
 from quantplug.detect import detect
-from quantplug.errors import LoadError, PlanError
+from quantplug.errors import CheckpointError, LoadError, PlanError
 from quantplug.ledger import Ledger
 from quantplug.modules import QuantizedLinear, SourceTensor
 from quantplug.plugins import registry as installed
@@ -67,10 +67,18 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayers:
-    """The quantized layers of one checkpoint by module path, ready to run, and the report."""
+    """
+    The quantized layers of one checkpoint.
+
+    Attributes:
+        modules: by module path, ready to run.
+        report: what loading them took.
+        kv_scales: the stored scales of a cache of keys and values by tensor name, for the framework that owns it.
+    """
 
     modules: Mapping[str, QuantizedLinear]
     report: LoadReport
+    kv_scales: Mapping[str, torch.Tensor]
 
 
 def load_layers(
@@ -140,8 +148,9 @@ def load_layers(
             workers.give(needed, partial(_install, layer, module, read, checkpoint, places[layer.path]))
             del read
         finish(workers.rest())
+        kv_scales = {name: _handed(name, reader, ledger) for name in (plan.kv_cache.scales if plan.kv_cache else ())}
     prepared = sum(buffer.nbytes for module in filled.values() for buffer in module.buffers())
-    return LoadedLayers(filled, LoadReport(total, read_seconds, install_seconds, prepared, kernels))
+    return LoadedLayers(filled, LoadReport(total, read_seconds, install_seconds, prepared, kernels), kv_scales)
 
 
 def _workers(*, on_cpu: bool) -> Workers[_Installed]:
@@ -197,6 +206,18 @@ class _Installed:
     seconds: float
 
 
+def _handed(name: str, reader: TensorReader, ledger: Ledger) -> torch.Tensor:
+    """Read a scale that is handed over; one that is not a finite positive number would silently spoil a cache."""
+    ledger.claim(name, "the cache of keys and values")
+    scale = reader.read(name)
+    values = scale.to(torch.float32)
+    if name.endswith("scale") and not bool((values.isfinite() & (values > 0)).all()):
+        raise CheckpointError(
+            "QP-ST-SCALE", name, "holds a scale that is not a finite positive number", expected="positive scales"
+        )
+    return scale
+
+
 def _read(layer: LayerPlan, reader: TensorReader, ledger: Ledger) -> _Read:
     named: dict[str, torch.Tensor] = {}
 
@@ -237,8 +258,6 @@ def stored_tensors(modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str
 
 def _from_source(module: QuantizedLinear, opened: dict[str, Checkpoint]) -> Iterator[tuple[str, torch.Tensor]]:
     from pathlib import Path
-
-    from quantplug.errors import CheckpointError
 
     result: list[tuple[str, torch.Tensor]] = []
     try:

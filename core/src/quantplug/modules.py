@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from quantplug.errors import LoadError, QuantplugError, RunError
+from quantplug.evidence import DENSE_SUFFIX
+from quantplug.schemes import quantize_dense
 from quantplug.select import split
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from quantplug.registry import Registry
     from quantplug.schemes import SchemeCache
     from quantplug.spec import LinearProblem
-    from quantplug.weight import Prepared, Weight
+    from quantplug.weight import ActivationParams, Prepared, Weight
 
 _POISON_BYTE = 0xA5
 
@@ -62,6 +64,8 @@ class QuantizedLinear(torch.nn.Module):
         self.out_features = layer.problem.out_features
         self.sources: tuple[SourceTensor, ...] = ()
         """Where its stored tensors came from; () when a framework's loader filled it."""
+        self.activation: tuple[ActivationParams | None, ...] = ()
+        """What the file stores about x, per segment; kept for saving, whether or not the kernel makes use of it."""
         self._layer = layer
         self._problem: LinearProblem = layer.problem
         self._schemes = tuple(schemes.get(segment.scheme, segment.name) for segment in layer.segments)
@@ -92,7 +96,10 @@ class QuantizedLinear(torch.nn.Module):
         self._ledger = ledger
         for number, (segment, scheme) in enumerate(zip(self._layer.segments, self._schemes, strict=True)):
             stored = dict(segment.tensors)
-            for spec in scheme.params(segment.shape):
+            if segment.quantize:
+                shape = (segment.shape.out_features, segment.shape.in_features)
+                self._allocate(self._attribute(DENSE_SUFFIX, number), shape, self._dtype)
+            for spec in () if segment.quantize else scheme.params(segment.shape):
                 if spec.suffix in stored:
                     self._allocate(self._attribute(spec.suffix, number), spec.shape, getattr(torch, spec.dtypes[0]))
             if self._problem.bias:
@@ -142,23 +149,31 @@ class QuantizedLinear(torch.nn.Module):
             sources: where the tensors came from, for `checkpoint_tensors`.
         """
         device = torch.device(device)
-        weights = [
-            scheme.decode(tensors, segment.shape, segment.name)
-            for scheme, tensors, segment in zip(self._schemes, stored, self._layer.segments, strict=True)
-        ]
-        self._commit(self._prepare(weights, device), self._fit_biases(biases, device))
+        weights: list[Weight] = []
+        activation: list[ActivationParams | None] = []
+        for scheme, tensors, segment in zip(self._schemes, stored, self._layer.segments, strict=True):
+            if segment.quantize:
+                weights.append(quantize_dense(scheme, tensors[DENSE_SUFFIX], segment.name))
+                activation.append(None)
+            else:
+                weights.append(scheme.decode(tensors, segment.shape, segment.name))
+                activation.append(scheme.decode_activation(tensors, segment.name))
+        self._commit(self._prepare(weights, activation, device), self._fit_biases(biases, device))
+        self.activation = tuple(activation)
         self.sources = sources
 
-    def _prepare(self, weights: list[Weight], device: torch.device) -> tuple[Prepared, ...]:
+    def _prepare(
+        self, weights: list[Weight], activation: list[ActivationParams | None], device: torch.device
+    ) -> tuple[Prepared, ...]:
         kernel = self._choices[0][1]
         parts = self._problem_parts(kernel)
         old = self._parts or (None,) * len(parts)
         try:
             if len(parts) == 1:
-                return (kernel.prepare(self._problem, weights, device, out=old[0]),)
+                return (kernel.prepare(self._problem, weights, activation, device, out=old[0]),)
             return tuple(
-                kernel.prepare(part, [weight], device, out=out)
-                for part, weight, out in zip(parts, weights, old, strict=True)
+                kernel.prepare(part, [weight], [stored], device, out=out)
+                for part, weight, stored, out in zip(parts, weights, activation, old, strict=True)
             )
         except QuantplugError:
             raise
@@ -242,6 +257,7 @@ class QuantizedLinear(torch.nn.Module):
             [kernel.apply(x, part, bias) for part, bias in zip(self._parts, self._part_biases, strict=True)], dim=-1
         )
 
+    # torch gives the decorator no type.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _takes(self, size: int, dtype: torch.dtype, device: torch.device) -> bool:
         """
@@ -280,6 +296,11 @@ class QuantizedLinear(torch.nn.Module):
             LoadError: `QP-LOAD-SOURCE` when the kernel has no way back.
         """
         kernel = self._choices[0][1]
+        if any(segment.quantize for segment in self._layer.segments):
+            raise LoadError(
+                "QP-LOAD-SOURCE", self.path, "was quantized while loading: it has no checkpoint form of its own",
+                expected="the dense source file", fix="Write a quantized checkpoint with quantplug convert.",
+            )  # fmt: skip
         try:
             weights = [weight for part in self._parts for weight in kernel.unprepare(part)]
         except NotImplementedError as error:
@@ -288,9 +309,12 @@ class QuantizedLinear(torch.nn.Module):
                 fix="Keep the checkpoint directory where it was, or load with another kernel.",
             ) from error  # fmt: skip
         result: dict[str, torch.Tensor] = {}
-        for scheme, segment, weight in zip(self._schemes, self._layer.segments, weights, strict=True):
+        for scheme, segment, weight, activation in zip(
+            self._schemes, self._layer.segments, weights, self.activation, strict=True
+        ):
             names = dict(segment.tensors)
-            result |= {names[suffix]: tensor for suffix, tensor in scheme.encode(weight).items() if suffix in names}
+            stored = scheme.encode(weight, activation)
+            result |= {names[suffix]: tensor for suffix, tensor in stored.items() if suffix in names}
         sizes = [segment.shape.out_features for segment in self._layer.segments]
         whole = [bias for bias in self._part_biases if bias is not None]
         if whole:

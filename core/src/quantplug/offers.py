@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,9 @@ from quantplug.platform import Platform
 from quantplug.scheme import LinearScheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
+
+    from quantplug.jsonio import Json
 
 _NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 
@@ -44,6 +46,8 @@ class Offer:
     platforms: Mapping[str, PlatformProvider] = field(default_factory=dict)
     hosts: Mapping[str, Host] = field(default_factory=dict)
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
+    recipes: Mapping[str, Mapping[str, Mapping[str, Json]]] = field(default_factory=dict)
+    """By scheme name: what its `recipes` returned."""
 
 
 class _Manager(pluggy.PluginManager):
@@ -92,10 +96,35 @@ def collect(manager: pluggy.PluginManager, plugin: object) -> Offer | Fault:
         if isinstance(answers, Fault):
             return Fault(f"{caller.name}(): {answers.error}", answers.detail)
         found[caller.name] = answers
+    recipes = isolated(partial(_recipes, found.get("quantplug_schemes", {})))
+    if isinstance(recipes, Fault):
+        return Fault(f"quantplug_schemes(): {recipes.error}", recipes.detail)
     return Offer(
         tuple(sorted(found)),
+        recipes=recipes,
         **{name.removeprefix(_PREFIX): answers for name, answers in found.items()},
     )
+
+
+def _recipes(schemes: Mapping[str, type[LinearScheme]]) -> dict[str, Mapping[str, Mapping[str, Json]]]:
+    """Ask every scheme for its recipes; raises `PluginError` for a wrong answer, or a name given twice."""
+    result: dict[str, Mapping[str, Mapping[str, Json]]] = {}
+    names: dict[str, str] = {}
+    for scheme, item in schemes.items():
+        recipes: Any = item.recipes()
+        if not isinstance(recipes, Mapping) or not all(isinstance(params, Mapping) for params in recipes.values()):
+            raise PluginError("QP-PLUG-CALL", f"{scheme}.recipes()", f"returned {recipes!r}", expected="{name: params}")
+        for name in recipes:
+            _named(name, f"{scheme}.recipes()")
+            if names.setdefault(name, scheme) != scheme:
+                raise PluginError(
+                    "QP-PLUG-CALL",
+                    f"{scheme}.recipes()",
+                    f"has {name!r}, as {names[name]} has",
+                    expected="one per name",
+                )
+        result[scheme] = dict(recipes)
+    return result
 
 
 def _check_signature(function: Any, attribute: str, hook: str, options: Mapping[str, Any]) -> None:

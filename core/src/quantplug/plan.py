@@ -15,9 +15,9 @@ from quantplug.errors import PlanError
 from quantplug.kernel import Verdict
 from quantplug.platform import Platform
 from quantplug.skip import EntryUse, SchemeRef
-from quantplug.spec import LinearProblem, LinearShape
+from quantplug.spec import ActivationSpec, LinearProblem, LinearShape
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Version of the JSON form; another version is refused."""
 
 
@@ -81,12 +81,14 @@ class Segment:
         scheme: scheme reference it is decoded by.
         shape: logical size.
         tensors: (suffix, tensor name) of each stored tensor it consumes.
+        quantize: whether it is stored dense and quantized while loading.
     """
 
     name: str
     scheme: SchemeRef
     shape: LinearShape
     tensors: tuple[tuple[str, str], ...]
+    quantize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,20 @@ class LeftTensors:
 
 
 @dataclass(frozen=True, slots=True)
+class KVCachePlan:
+    """
+    What a checkpoint says about the cache of keys and values; handed over, because the framework owns the cache.
+
+    Attributes:
+        spec: type and scales as the configuration states them; None when only scales are stored.
+        scales: names of the stored scales; `LoadedLayers.kv_scales` has their values.
+    """
+
+    spec: ActivationSpec | None
+    scales: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """
     Every decision about one checkpoint on one platform. Immutable; JSON round trip; the same on every rank.
@@ -147,6 +163,7 @@ class Plan:
         layers: in model order.
         decisions: distinct kernel decisions, shared by layers.
         left: tensors left on purpose, by class.
+        kv_cache: how the file wants the cache of keys and values to be quantized, and the scales it stores for that.
         entries: what every rule of the configuration did.
         warnings: what a reader should know about the whole.
         plugins: (distribution, version) that took part, sorted.
@@ -159,6 +176,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     decisions: tuple[Decision, ...]
     left: tuple[LeftTensors, ...] = ()
+    kv_cache: KVCachePlan | None = None
     entries: tuple[EntryUse, ...] = ()
     warnings: tuple[str, ...] = ()
     plugins: tuple[tuple[str, str], ...] = ()
@@ -201,6 +219,7 @@ class Plan:
             self.dtype,
             [[layer.path, *_choice_of(layer, self.decision_of(layer))] for layer in self.layers],
             [[left.reason, list(left.names)] for left in self.left],
+            list(self.kv_cache.scales) if self.kv_cache else [],
         ]
         return hashlib.sha256(json.dumps(choices, separators=(",", ":")).encode()).hexdigest()
 
@@ -227,7 +246,7 @@ class Plan:
 
 def _choice_of(layer: LayerPlan, decision: Decision | None) -> list[object]:
     segments = [
-        [s.name, s.scheme.name, [list(pair) for pair in s.scheme.params], s.shape.out_features, s.shape.in_features]
+        [s.name, s.scheme.name, s.scheme.params, s.shape.out_features, s.shape.in_features, s.quantize]
         for s in layer.segments
     ]
     kernels = [[c.kernel, c.min_rows, c.max_rows] for c in decision.choices] if decision is not None else []

@@ -15,7 +15,8 @@ from quantplug.inventory import inventory_of
 from quantplug.kernel import Accepted
 from quantplug.layers import LayerPlanner
 from quantplug.matcher import Matcher
-from quantplug.plan import Plan
+from quantplug.onload import OnLoad
+from quantplug.plan import KVCachePlan, Plan
 from quantplug.platform import Platform
 from quantplug.plugins import registry as installed
 from quantplug.policy import Policy
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from quantplug.jsonio import Json
     from quantplug.kernel import Rejected
     from quantplug.registry import Registry
+    from quantplug.spec import ActivationSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -42,6 +44,7 @@ def plan(
     dtype: str | None = None,
     policy: Policy | None = None,
     override: Mapping[str, Json] | None = None,
+    quantize: OnLoad | str | None = None,
     inventory: Inventory | None = None,
     strict: bool = False,
     registry: Registry | None = None,
@@ -56,6 +59,7 @@ def plan(
         dtype: torch name of the activation dtype; None takes the one config.json names, else bfloat16.
         policy: wishes about kernels; None reads the file that `QUANTPLUG_POLICY` names, if any.
         override: quantization fields the caller states; they may add to the file, never contradict it.
+        quantize: the wish to quantize dense weights while they are loaded, or just the name of the recipe.
         inventory: the modules of the model that will run; None takes them from the tensor names.
         strict: whether a rule that the stored tensors contradict is an error rather than a note.
         registry: plugins to ask; None asks the installed ones.
@@ -67,7 +71,9 @@ def plan(
     directory = resolve_source(source)
     checkpoint = open_checkpoint(directory)
     model_config = read_model_config(directory)
-    config = resolve_config(directory, registry, override=override)
+    if isinstance(quantize, str):
+        quantize = OnLoad(quantize)
+    config = resolve_config(directory, registry, override=override, quantize=quantize)
     if inventory is None:
         inventory = inventory_of(checkpoint, model_config, registry, config)
     probes: Mapping[str, Rejected | None] = {}
@@ -102,6 +108,7 @@ def plan(
         layers=planned,
         decisions=layers.decisions,
         left=left,
+        kv_cache=_kv_cache(config.kv_cache, stored.kv_scales),
         entries=report.uses,
         warnings=(
             *checkpoint.warnings,
@@ -128,6 +135,10 @@ def _activation_dtype(wish: str | None, model_config: Mapping[str, Json]) -> str
             expected=f"one of {', '.join(DTYPES)}",
         )
     return str(named)
+
+
+def _kv_cache(spec: ActivationSpec | None, scales: tuple[str, ...]) -> KVCachePlan | None:
+    return KVCachePlan(spec, scales) if spec is not None or scales else None
 
 
 def _taking_part(registry: Registry, layers: LayerPlanner) -> tuple[tuple[str, str], ...]:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from quantplug.platform import Platform
     from quantplug.spec import LinearProblem
-    from quantplug.weight import Prepared, Weight
+    from quantplug.weight import ActivationParams, Prepared, Weight
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_TENSORS = ("codes", "scales", "zeros", "g_idx", "global_scale")
 
 # Dequantizing with one torch operator after another moves about 40 bytes per weight, the product about 4 more; at
 # 10 GB/s (a slow machine's memory) that is 0.0044 us per weight. Only its order against real kernels matters.
@@ -28,7 +29,11 @@ _US_PER_WEIGHT_AND_ROW = 0.0001
 
 
 class ReferenceKernel(LinearKernel):
-    """`y = x W^T + b` with W dequantized to float32 at every call and one rounding, of y, to the dtype of x."""
+    """
+    `y = x W^T + b` with W dequantized to float32 at every call and one rounding, of y, to the dtype of x.
+
+    It never quantizes x, even where the file permits it.
+    """
 
     name = "reference"
     layout_id = "canonical"
@@ -50,6 +55,7 @@ class ReferenceKernel(LinearKernel):
         self,
         problem: LinearProblem,
         segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
         device: torch.device,
         out: Prepared | None = None,
     ) -> Prepared:
@@ -58,7 +64,7 @@ class ReferenceKernel(LinearKernel):
 
         tensors: dict[str, torch.Tensor] = {}
         for number, weight in enumerate(segments):
-            for name in ("codes", "scales", "zeros", "g_idx"):
+            for name in _TENSORS:
                 tensor = getattr(weight, name)
                 if tensor is not None:
                     tensors[f"{name}.{number}"] = tensor.to(device)
@@ -93,6 +99,7 @@ class ReferenceKernel(LinearKernel):
                 spec=segment.weight,
                 zeros=prepared.tensors.get(f"zeros.{number}"),
                 g_idx=prepared.tensors.get(f"g_idx.{number}"),
+                global_scale=prepared.tensors.get(f"global_scale.{number}"),
             )
             for number, segment in enumerate(prepared.problem.segments)
         )

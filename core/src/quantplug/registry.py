@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantplug.config import Dialect
     from quantplug.detect import PlatformProvider
     from quantplug.host import Host
+    from quantplug.jsonio import Json
     from quantplug.kernel import LinearKernel
     from quantplug.names import Architecture
     from quantplug.scheme import LinearScheme
@@ -100,13 +101,21 @@ class Provided(Generic[T_co]):
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """A grid that dense weights can be quantized to: the scheme and its parameters."""
+
+    scheme: str
+    params: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
 class Conflict:
     """
     Two plugins that claim one name; using that name is an error until the user keeps one of them out.
 
     Attributes:
-        kind: what the name names ("scheme", "dialect", "quant_method", "kernel", "platform", "host", "model_type",
-            "entry point").
+        kind: what the name names ("scheme", "recipe", "dialect", "quant_method", "kernel", "platform", "host",
+            "model_type", "entry point").
         name: the name.
         plugins: the distributions that claim it, sorted; with the entry point where one distribution does so twice.
 
@@ -146,6 +155,7 @@ class Registry:
         platforms: by platform kind; the core's `cpu` and `cuda` are always there.
         hosts: by host name.
         architectures: in order of distribution name; no two of them answer to one model type.
+        recipes: names of grids that dense weights can be quantized to, with the scheme and parameters of each.
         disabled: installed plugins that the environment keeps out.
 
     """
@@ -159,11 +169,16 @@ class Registry:
     platforms: Mapping[str, Provided[PlatformProvider]]
     hosts: Mapping[str, Provided[Host]]
     architectures: tuple[Provided[Architecture], ...]
+    recipes: Mapping[str, Provided[Recipe]]
     disabled: tuple[Disabled, ...] = ()
 
     def scheme(self, name: str) -> Provided[type[LinearScheme]]:
         """Return the scheme of that name; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
         return self._lookup("scheme", name, self.schemes)
+
+    def recipe(self, name: str) -> Provided[Recipe]:
+        """Return the recipe of that name; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
+        return self._lookup("recipe", name, self.recipes)
 
     def kernel(self, name: str) -> Provided[LinearKernel]:
         """Return the kernel of that name; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from quantplug.jsonio import Json
     from quantplug.spec import ActivationSpec, LinearShape, ParamSpec, WeightSpec
-    from quantplug.weight import Weight
+    from quantplug.weight import ActivationParams, Weight
 
 
 class LinearScheme(ABC):
@@ -30,9 +30,17 @@ class LinearScheme(ABC):
     """The scheme's name in configurations and plans ("gptq"); `[a-z0-9_.-]{1,64}`, unique among installed plugins."""
 
     suffixes: ClassVar[frozenset[str]]
-    """Names after the module path of every tensor the format may store ("qweight", …)."""
-    required_suffixes: ClassVar[frozenset[str]]
-    """Those without which a layer of this format is incomplete."""
+    """
+    Names after the module path of every tensor the format may store ("qweight", …), but not "bias".
+
+    A format that stores its codes as "weight" lists that, too; a `weight` in float16, bfloat16 or float32 still is what
+    a layer that stayed whole has.
+    """
+
+    @property
+    @abstractmethod
+    def required_suffixes(self) -> frozenset[str]:
+        """Those without which a layer of this format is incomplete."""
 
     @classmethod
     @abstractmethod
@@ -49,6 +57,16 @@ class LinearScheme(ABC):
         Raises:
             ConfigError: `QP-CFG-FIELD` or `QP-CFG-UNKNOWN`; a bool is not an int here, and "4" is not 4.
         """
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Mapping[str, Json]]:
+        """
+        Return the names under which dense weights can be quantized to this format, with the parameters of each.
+
+        `{"int4-g32": {"bits": 4, "group_size": 32}}` makes `quantplug.load(…, quantize="int4-g32")` and
+        `quantplug convert --quantize int4-g32` possible. Names are unique among installed plugins.
+        """
+        return {}
 
     @abstractmethod
     def describe(self) -> str:
@@ -94,11 +112,22 @@ class LinearScheme(ABC):
             CheckpointError: `QP-ST-…` naming `where` and the element, when values are not what the format allows.
         """
 
-    @abstractmethod
-    def encode(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def decode_activation(self, tensors: Mapping[str, torch.Tensor], where: str) -> ActivationParams | None:
         """
-        Turn canonical form into stored tensors: the exact inverse of `decode`, up to normalisations that the format's
-        SPEC.md declares.
+        Return what the stored tensors say about activations, None for a format that stores nothing of the kind.
+
+        Called once per layer while loading, with the same tensors as `decode`.
+
+        Raises:
+            CheckpointError: `QP-ST-…` as `decode`.
+        """
+        return None
+
+    @abstractmethod
+    def encode(self, weight: Weight, activation: ActivationParams | None = None) -> dict[str, torch.Tensor]:
+        """
+        Turn canonical form into stored tensors: the exact inverse of `decode` and `decode_activation`, up to
+        normalisations that the format's SPEC.md declares.
         """
 
     def quantize(self, dense: torch.Tensor, *, hessian: torch.Tensor | None = None) -> Weight:

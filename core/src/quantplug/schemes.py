@@ -6,10 +6,36 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantplug.errors import ConvertError
+
 if TYPE_CHECKING:
+    import torch
+
     from quantplug.registry import Registry
     from quantplug.scheme import LinearScheme
     from quantplug.skip import SchemeRef
+    from quantplug.weight import Weight
+
+
+def quantize_dense(
+    scheme: LinearScheme, dense: torch.Tensor, where: str, *, hessian: torch.Tensor | None = None
+) -> Weight:
+    """
+    Quantize one dense weight `[N, K]`, which must be finite.
+
+    Args:
+        scheme: the format to quantize to.
+        dense: any float dtype.
+        where: its name, for messages.
+        hessian: as `LinearScheme.quantize` takes it.
+
+    Raises:
+        ConvertError: `QP-CONV-VALUE` with the place of the first element that is not finite.
+    """
+    if not bool(dense.isfinite().all()):
+        bad = (~dense.isfinite()).nonzero()[0].tolist()
+        raise ConvertError("QP-CONV-VALUE", where, f"is not finite at {bad}", expected="finite weights")
+    return scheme.quantize(dense, hessian=hessian)
 
 
 class SchemeCache:

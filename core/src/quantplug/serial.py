@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from quantplug.config import Field
 from quantplug.errors import PlanError
 from quantplug.kernel import Accepted, Cast, Cost, Rejected
-from quantplug.plan import PLAN_VERSION, Candidate, Choice, Decision, LayerPlan, LeftTensors, Plan, Segment
+from quantplug.plan import PLAN_VERSION, Candidate, Choice, Decision, KVCachePlan, LayerPlan, LeftTensors, Plan, Segment
 from quantplug.platform import Platform
 from quantplug.skip import Entry, EntryUse, SchemeRef
 from quantplug.spec import (
     ActivationSpec,
     LinearProblem,
     LinearShape,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -35,9 +36,9 @@ _TAG = "is"
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        Plan, LayerPlan, Segment, Decision, Choice, Candidate, LeftTensors, Platform, Field, EntryUse, Entry, SchemeRef,
-        Accepted, Rejected, Cost, Cast, LinearProblem, LinearShape, SegmentSpec, WeightSpec, ActivationSpec,
-        PerTensor, PerChannel, PerGroup,
+        Plan, LayerPlan, Segment, Decision, Choice, Candidate, LeftTensors, KVCachePlan, Platform, Field, EntryUse,
+        Entry, SchemeRef, Accepted, Rejected, Cost, Cast, LinearProblem, LinearShape, SegmentSpec, WeightSpec, ActivationSpec,
+        PerTensor, PerChannel, PerGroup, PerBlock,
     )
 }  # fmt: skip
 

@@ -17,7 +17,8 @@ class ElementType(StrEnum):
     The type of one stored code.
 
     `uintN` codes come with zero points and lie in `0 … 2^N - 1`; `intN` codes are signed, have no zero point and lie
-    in `-2^(N-1) … 2^(N-1) - 1`. Both take one byte per code in the canonical layout, whatever N is.
+    in `-2^(N-1) … 2^(N-1) - 1`. Floating-point codes have no zero point either; they are spelled as torch spells them.
+    All of them take one byte per code in the canonical layout, whatever their width is.
     """
 
     UINT2 = "uint2"
@@ -28,16 +29,26 @@ class ElementType(StrEnum):
     INT3 = "int3"
     INT4 = "int4"
     INT8 = "int8"
+    FLOAT8_E4M3FN = "float8_e4m3fn"
+    FLOAT8_E5M2 = "float8_e5m2"
+    FLOAT8_E4M3FNUZ = "float8_e4m3fnuz"
+    FLOAT8_E5M2FNUZ = "float8_e5m2fnuz"
+    FLOAT4_E2M1FN = "float4_e2m1fn"
 
     @property
     def bits(self) -> int:
         """Width of one code in bits."""
-        return int(self.value[-1])
+        return int("".join(filter(str.isdigit, self.value.partition("_")[0])))
+
+    @property
+    def floating(self) -> bool:
+        """Whether codes are floating-point numbers."""
+        return self.value.startswith("float")
 
     @property
     def signed(self) -> bool:
         """Whether codes are signed, which here also means: without zero points."""
-        return self.value.startswith("int")
+        return not self.value.startswith("uint")
 
     @staticmethod
     def integer(bits: int, *, signed: bool) -> ElementType:
@@ -62,34 +73,58 @@ class PerGroup:
     size: int
 
 
-Granularity = PerTensor | PerChannel | PerGroup
+@dataclass(frozen=True, slots=True)
+class PerBlock:
+    """
+    One scale per tile of `n` rows and `k` inputs: scales `[ceil(N / n), ceil(K / k)]`.
+
+    Tiles at the edges may be ragged. Tiles are counted from the first row of each segment.
+    """
+
+    n: int
+    k: int
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock
+
+
+def scale_shape(granularity: Granularity, out_features: int, in_features: int) -> tuple[int, int]:
+    """Return the shape of the scales of an `[N, K]` weight (with a `g_idx`, G may differ from it)."""
+    match granularity:
+        case PerTensor():
+            return 1, 1
+        case PerChannel():
+            return out_features, 1
+        case PerGroup(size=size):
+            return out_features, -(-in_features // size)
+        case PerBlock(n=n, k=k):
+            return -(-out_features // n), -(-in_features // k)
 
 
 def group_count(granularity: Granularity, in_features: int) -> int:
     """Return G, the number of scale columns along K."""
-    match granularity:
-        case PerTensor() | PerChannel():
-            return 1
-        case PerGroup(size=size):
-            return -(-in_features // size)
+    return scale_shape(granularity, 1, in_features)[1]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
     """
-    The numeric contract of one weight: `value = (code - zero) * scale`.
+    The numeric contract of one weight: `value = (code - zero) * scale [* global_scale]`.
 
     Attributes:
         element: type of the codes.
         granularity: how scales (and zeros) are shared.
-        scale_dtype: torch name of the stored scale dtype ("float16", "bfloat16", "float32").
+        scale_dtype: torch name of the stored scale dtype: "float16", "bfloat16", "float32", "float8_e8m0fnu" (MX
+            formats: a power of two) or "float8_e4m3fn" (NVFP4).
         act_order: whether a `g_idx` may assign inputs to groups in any order.
+        global_scale: whether one float32 factor multiplies all scales.
     """
 
     element: ElementType
     granularity: Granularity
     scale_dtype: str = "float16"
     act_order: bool = False
+    global_scale: bool = False
 
     @property
     def zero_points(self) -> bool:
@@ -105,6 +140,8 @@ class WeightSpec:
                 shared = "per channel"
             case PerGroup(size=size):
                 shared = f"group {size}"
+            case PerBlock(n=n, k=k):
+                shared = f"block {n}x{k}"
         return f"{self.element} {shared}" + (" act-order" if self.act_order else "")
 
 
@@ -114,16 +151,26 @@ class ActivationSpec:
     The file's permission to quantize activations; a kernel that makes use of it declares so.
 
     Attributes:
-        element: torch name of the activation's code dtype ("int8", "float8_e4m3fn").
+        element: type of the activation's codes (int8, float8_e4m3fn, …; uint8 where it is not symmetric).
         granularity: "tensor", "token" or "group".
-        dynamic: whether scales are computed from x at run time (else they are stored).
+        dynamic: whether scales are computed from x at run time (else they are stored, see `ActivationParams`).
         group_size: inputs per scale when granularity is "group", else 0.
+        scale_dtype: torch name of the dtype that dynamic scales are rounded to ("float32": not at all;
+            "float8_e8m0fnu" for MX formats, "float8_e4m3fn" for NVFP4).
+        global_scale: whether one stored float32 factor multiplies all scales (NVFP4).
     """
 
-    element: str
+    element: ElementType
     granularity: Literal["tensor", "token", "group"]
     dynamic: bool
     group_size: int = 0
+    scale_dtype: str = "float32"
+    global_scale: bool = False
+
+    def describe(self) -> str:
+        """Return a short human form such as `int8 per token, dynamic`."""
+        shared = f"group {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
+        return f"{self.element} {shared}, {'dynamic' if self.dynamic else 'static'}"
 
 
 @dataclass(frozen=True, slots=True)

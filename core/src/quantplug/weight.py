@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug.spec import LinearProblem, PerChannel, PerGroup, PerTensor, WeightSpec
+from quantplug.codes import code_values
+from quantplug.spec import LinearProblem, PerBlock, PerChannel, PerGroup, PerTensor, WeightSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,16 +22,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
     """
-    One weight (one segment of a fused layer) in canonical form: `value = (code - zero) * scale`.
+    One weight (one segment of a fused layer) in canonical form: `value = (code - zero) * scale [* global_scale]`.
 
     Attributes:
-        codes: `[N, K]`, one element per byte: uint8 with zeros, int8 without. Logical shape only: strides are free,
-            also below (a decoder may hand over the transposed view of a `[K, N]` buffer), so a kernel must not assume
-            them.
-        scales: `[N, G]` in the stored dtype. G is ceil(K / g), or with `g_idx` the number of groups it addresses.
+        codes: `[N, K]`, one element per byte: uint8 with zeros, int8 without; one of torch's float8 dtypes; or uint8
+            with the four bits of a float4_e2m1fn code in the low nibble. Logical shape only: strides are free, also
+            below (a decoder may hand over the transposed view of a `[K, N]` buffer), so a kernel must not assume them.
+        scales: as `scale_shape` says, in the stored dtype; a scale always multiplies. With `g_idx`, `[N, G]` where G is
+            the number of groups it addresses.
         spec: the contract the tensors obey.
-        zeros: uint8 `[N, G]`, or None for signed codes.
+        zeros: uint8, of the shape of the scales, or None for signed codes.
         g_idx: int32 `[K]`, group of each input; None when it is the trivial `k // g`.
+        global_scale: float32 scalar that multiplies every scale, or None.
     """
 
     codes: torch.Tensor
@@ -38,6 +41,7 @@ class Weight:
     spec: WeightSpec
     zeros: torch.Tensor | None = None
     g_idx: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -57,21 +61,46 @@ class Weight:
         match self.spec.granularity:
             case PerTensor() | PerChannel():
                 return torch.zeros_like(k)
-            case PerGroup(size=size):
+            case PerGroup(size=size) | PerBlock(k=size):
                 return k // size
+
+    def scale_values(self) -> torch.Tensor:
+        """Return float32 `[N or 1, G]`, the scale of each row and group, global scale included."""
+        scales = self.scales.to(torch.float32)
+        if isinstance(self.spec.granularity, PerBlock):
+            scales = scales.repeat_interleave(self.spec.granularity.n, 0)[: self.out_features]
+        return scales if self.global_scale is None else scales * self.global_scale
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """
         Return the values `[N, K]`, computed in float32 and rounded once to `dtype`.
 
+        A global scale multiplies the scales first; that product is rounded to float32, too.
+
         Plain and obvious on purpose: this is what the `reference` kernel multiplies with.
         """
         index = self.group_index()
-        values = self.codes.to(torch.float32)
+        values = code_values(self.codes, self.spec.element)
         if self.zeros is not None:
             values -= self.zeros.to(torch.float32)[:, index]
-        values *= self.scales.to(torch.float32)[:, index]
+        values *= self.scale_values()[:, index]
         return values.to(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationParams:
+    """
+    What a file stores about the activations of one layer (one segment of a fused one).
+
+    Attributes:
+        scale: float32 scalar that multiplies the codes of x, for static scales; else None.
+        zero: uint8 scalar, where static codes have a zero point; else None.
+        global_scale: float32 scalar that multiplies every scale of x (NVFP4), or None.
+    """
+
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

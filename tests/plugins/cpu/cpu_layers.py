@@ -54,7 +54,7 @@ class Layer:
     def of(cls, kernel: LinearKernel, asked: LinearProblem, given: tuple[Weight, ...] | None = None) -> Layer:
         """Prepare a layer, with random weights unless some are given."""
         given = weights(asked) if given is None else given
-        return cls(kernel, asked, given, kernel.prepare(asked, given, torch.device("cpu")))
+        return cls(kernel, asked, given, kernel.prepare(asked, given, (None,) * len(given), torch.device("cpu")))
 
     def inputs(self, rows: int, seed: int = 0) -> torch.Tensor:
         """Return x `[rows, K]`."""

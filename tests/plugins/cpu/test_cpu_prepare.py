@@ -19,6 +19,7 @@ from quantplug_cpu.int8 import Int8Kernel
 from quantplug_testkit.compare import assert_bitwise_equal
 
 CPU = torch.device("cpu")
+NOTHING_STORED = (None, None)
 FOUR, EIGHT = Int4Kernel(), Int8Kernel()
 
 EXACT = [
@@ -63,10 +64,10 @@ def test_scales_come_back_from_bfloat16_only_where_it_holds_them(kernel: LinearK
     kept = tuple(with_scales(one, one.scales.to(torch.bfloat16).to(torch.float16)) for one in given)
     layer = Layer.of(kernel, asked, kept)
     assert_same(kernel.unprepare(layer.prepared), kept)
-    again = kernel.prepare(asked, given, CPU, out=layer.prepared)
+    again = kernel.prepare(asked, given, NOTHING_STORED, CPU, out=layer.prepared)
     with pytest.raises(NotImplementedError, match="holds the scales of this layer rounded to bfloat16"):
         kernel.unprepare(again)
-    assert_same(kernel.unprepare(kernel.prepare(asked, kept, CPU, out=again)), kept)
+    assert_same(kernel.unprepare(kernel.prepare(asked, kept, NOTHING_STORED, CPU, out=again)), kept)
 
 
 def test_scales_in_another_dtype_than_planned_are_used_as_they_are_and_have_no_way_back() -> None:
@@ -93,7 +94,7 @@ def test_weights_that_do_not_fit_in_place_leave_the_old_ones_as_they_were() -> N
     x = layer.inputs(3)
     before = FOUR.apply(x, layer.prepared, None)
     with pytest.raises(ValueError, match="do not fit in place of the old ones"):
-        FOUR.prepare(asked, moved, CPU, out=layer.prepared)
+        FOUR.prepare(asked, moved, NOTHING_STORED, CPU, out=layer.prepared)
     assert torch.equal(FOUR.apply(x, layer.prepared, None), before)
 
 
@@ -124,7 +125,7 @@ def test_weights_that_break_their_contract_are_refused_by_name_and_good_ones_fol
     before = {name: tensor.clone() for name, tensor in layer.prepared.tensors.items()}
     for out in (None, layer.prepared):
         with pytest.raises(ValueError, match=message):
-            FOUR.prepare(asked, (bad,), CPU, out=out)
+            FOUR.prepare(asked, (bad,), NOTHING_STORED, CPU, out=out)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.prepared.tensors.items())
     layer.check(layer.inputs(2))
 
@@ -133,7 +134,7 @@ def test_segments_with_scales_of_different_dtypes_are_refused() -> None:
     asked = problem(spec("int8", PerChannel()), (16, 16), 32)
     first, second = weights(asked)
     with pytest.raises(ValueError, match=r"scales are torch\.float16 and torch\.float32"):
-        EIGHT.prepare(asked, (first, replace(second, scales=second.scales.float())), CPU)
+        EIGHT.prepare(asked, (first, replace(second, scales=second.scales.float())), NOTHING_STORED, CPU)
 
 
 HOSTILE = """
@@ -194,7 +195,7 @@ given = Weight(codes, torch.ones(n, groups, dtype=torch.float16), weight, zeros,
 torch.set_num_threads(1)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-prepared = kernel.prepare(problem(weight, n, k), (given,), torch.device("cpu"))
+prepared = kernel.prepare(problem(weight, n, k), (given,), (None,), torch.device("cpu"))
 print(status("VmHWM") - before - prepared.nbytes)
 """
 

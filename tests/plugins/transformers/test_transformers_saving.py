@@ -33,7 +33,7 @@ class OneWay(ReferenceKernel):
     def supports(self, problem, platform):
         return Accepted(Cost(0.0, 0.0))
 
-    def prepare(self, problem, segments, device, out=None):
+    def prepare(self, problem, segments, activation, device, out=None):
         values = torch.cat([weight.dequantize(torch.float32) for weight in segments])
         return Prepared(self.layout_id, problem, {"values": values})
 

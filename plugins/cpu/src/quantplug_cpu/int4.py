@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from quantplug.platform import Platform
     from quantplug.spec import LinearProblem
-    from quantplug.weight import Prepared, Weight
+    from quantplug.weight import ActivationParams, Prepared, Weight
 
 
 class Int4Kernel(LinearKernel):
@@ -49,6 +49,7 @@ class Int4Kernel(LinearKernel):
         self,
         problem: LinearProblem,
         segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
         device: torch.device,
         out: Prepared | None = None,
     ) -> Prepared:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from quantplug.platform import Platform
     from quantplug.spec import LinearProblem
-    from quantplug.weight import Prepared, Weight
+    from quantplug.weight import ActivationParams, Prepared, Weight
 
 STEP = 16
 """K must be a multiple of this: with any other the vectorised int8 operator reads out of bounds and crashes."""
@@ -59,6 +59,7 @@ class Int8Kernel(LinearKernel):
         self,
         problem: LinearProblem,
         segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
         device: torch.device,
         out: Prepared | None = None,
     ) -> Prepared:

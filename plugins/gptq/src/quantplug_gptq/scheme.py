@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantplug.jsonio import Json
-    from quantplug.weight import Weight
+    from quantplug.weight import ActivationParams, Weight
 
 _KEYS = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "zeros_offset")
 
@@ -41,7 +41,6 @@ class GPTQScheme(LinearScheme):
 
     name: ClassVar[str] = "gptq"
     suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
-    required_suffixes: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
 
     bits: int
     group_size: int
@@ -49,6 +48,11 @@ class GPTQScheme(LinearScheme):
     desc_act: bool = False
     checkpoint_format: str = V1
     zeros_offset: str = "field"
+
+    @property
+    def required_suffixes(self) -> frozenset[str]:
+        """All but `g_idx`, which files without act-order may lack."""
+        return frozenset({"qweight", "qzeros", "scales"})
 
     @classmethod
     def build(cls, params: Mapping[str, Json], where: str) -> Self:
@@ -163,7 +167,7 @@ class GPTQScheme(LinearScheme):
             g_idx=g_idx,
         )
 
-    def encode(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def encode(self, weight: Weight, activation: ActivationParams | None = None) -> dict[str, torch.Tensor]:
         """
         Turn canonical form into the four stored tensors; a trivial `g_idx` is written out.
 

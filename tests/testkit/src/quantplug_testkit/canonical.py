@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from quantplug.spec import ElementType, PerChannel, PerGroup, PerTensor, WeightSpec, group_count
+from quantplug.spec import ElementType, PerBlock, PerChannel, PerGroup, PerTensor, WeightSpec, group_count
 from quantplug.weight import Weight
 from quantplug_testkit.oracles.canonical import Segment
 
@@ -107,7 +107,7 @@ def _map_tensors(weight: Weight, change: Callable[[torch.Tensor], torch.Tensor])
 
 def _groups(spec: WeightSpec, in_features: int) -> NDArray[np.int64]:
     match spec.granularity:
-        case PerGroup(size=size):
+        case PerGroup(size=size) | PerBlock(k=size):
             return np.arange(in_features) // size
         case PerTensor() | PerChannel():
             return np.zeros(in_features, np.int64)

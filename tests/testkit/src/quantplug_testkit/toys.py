@@ -20,7 +20,7 @@ from quantplug.reference import ReferenceKernel
 from quantplug.scheme import LinearScheme
 from quantplug.skip import Rule, SchemeRef
 from quantplug.spec import ElementType, LinearShape, ParamSpec, PerChannel, WeightSpec
-from quantplug.weight import Weight
+from quantplug.weight import ActivationParams, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -37,10 +37,19 @@ class ToyScheme(LinearScheme):
 
     name = "toy"
     suffixes = frozenset({"codes", "scale"})
-    required_suffixes = frozenset({"codes", "scale"})
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+
+    @property
+    def required_suffixes(self) -> frozenset[str]:
+        """Both."""
+        return self.suffixes
+
+    @classmethod
+    def recipes(cls) -> Mapping[str, Mapping[str, Json]]:
+        """Offer the format for dense weights, too."""
+        return {"toy": {}, "toy-7": {"limit": 7}}
 
     @classmethod
     def build(cls, params: Mapping[str, Json], where: str) -> Self:
@@ -78,7 +87,7 @@ class ToyScheme(LinearScheme):
             raise CheckpointError("QP-ST-SCALE", f"{where}.scale", "is NaN", expected="finite scales")
         return Weight(tensors["codes"], tensors["scale"], self.weight_spec())
 
-    def encode(self, weight: Weight) -> dict[str, torch.Tensor]:
+    def encode(self, weight: Weight, activation: ActivationParams | None = None) -> dict[str, torch.Tensor]:
         """Hand them back."""
         return {"codes": weight.codes.contiguous(), "scale": weight.scales}
 

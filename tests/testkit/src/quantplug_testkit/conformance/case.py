@@ -71,7 +71,7 @@ class Case:
         self.extra_bytes = verdict.extra_bytes
         bias = hazard.bias()
         self.bias = None if bias is None else bias.to(device)
-        self.prepared = kernel.prepare(hazard.problem, hazard.weights(), device)
+        self.prepared = kernel.prepare(hazard.problem, hazard.weights(), hazard.activation(), device)
 
     def inputs(self, rows: int, seed: int = 0) -> torch.Tensor:
         """Return x `[rows, K]` on the device."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from quantplug.kernel import Accepted, Rejected, Traits
-from quantplug.spec import Granularity, LinearProblem, PerChannel, PerGroup, PerTensor
+from quantplug.spec import Granularity, LinearProblem, PerBlock, PerChannel, PerGroup, PerTensor
 from quantplug_testkit.bounds import CASTS
 from quantplug_testkit.conformance.case import Subject
 from quantplug_testkit.conformance.problems import CATALOGUE, DTYPES, PLATFORMS, UNUSUAL
@@ -189,6 +189,8 @@ def _granularity_names(granularity: Granularity) -> set[str]:
             return {"per channel", "PerChannel", "channel"}
         case PerGroup(size=size):
             return {str(size)}
+        case PerBlock(n=n, k=k):
+            return {str(n), str(k)}
 
 
 def _module(name: str) -> ModuleType:

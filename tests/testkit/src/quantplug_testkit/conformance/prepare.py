@@ -50,7 +50,7 @@ class PrepareTests(Subject):
         weights = family.weights()
         before = snapshot(_tensors(weights))
         case = self.case(family)
-        case.prepared = self.kernel.prepare(family.problem, weights, case.device)
+        case.prepared = self.kernel.prepare(family.problem, weights, family.activation(), case.device)
         assert_unchanged(before, _tensors(weights), "prepare")
         case.apply(case.inputs(3))
         assert_unchanged(before, _tensors(weights), "apply")
@@ -58,28 +58,32 @@ class PrepareTests(Subject):
     def test_preparing_twice_gives_the_same_bits(self, family: Hazard) -> None:
         """Equal weights give equal layouts."""
         device = torch.device(self.device)
-        first = self.kernel.prepare(family.problem, family.weights(), device)
-        second = self.kernel.prepare(family.problem, family.weights(), device)
+        first = self.kernel.prepare(family.problem, family.weights(), family.activation(), device)
+        second = self.kernel.prepare(family.problem, family.weights(), family.activation(), device)
         _assert_equal(second, first, "the second prepare")
 
     def test_preparing_again_keeps_addresses(self, family: Hazard) -> None:
         """`out=` overwrites in place, so that captured graphs and views see the new weights, all of them."""
         device = torch.device(self.device)
-        kept = self.kernel.prepare(family.problem, family.weights(), device)
+        kept = self.kernel.prepare(family.problem, family.weights(), family.activation(), device)
         addresses = {name: tensor.data_ptr() for name, tensor in kept.tensors.items()}
-        again = self.kernel.prepare(family.problem, family.weights(seed=1), device, out=kept)
+        again = self.kernel.prepare(family.problem, family.weights(seed=1), family.activation(), device, out=kept)
         for holder, what in ((again, "what is returned"), (kept, "what was passed as out")):
             found = {name: tensor.data_ptr() for name, tensor in holder.tensors.items()}
             assert found == addresses, f"{what} lies elsewhere after prepare(out=): {found}, not {addresses}"
-        fresh = self.kernel.prepare(family.problem, family.weights(seed=1), device)
+        fresh = self.kernel.prepare(family.problem, family.weights(seed=1), family.activation(), device)
         _assert_equal(again, fresh, "prepare(out=)")
 
     def test_prepare_takes_weights_of_any_stride(self, family: Hazard) -> None:
         """Formats hand over transposed views; the layout is that of the same weights on dense memory."""
         device = torch.device(self.device)
-        dense = self.kernel.prepare(family.problem, family.weights(), device)
+        dense = self.kernel.prepare(family.problem, family.weights(), family.activation(), device)
         views = [transposed_weight(weight) for weight in family.weights()]
-        _assert_equal(self.kernel.prepare(family.problem, views, device), dense, "prepare of transposed views")
+        _assert_equal(
+            self.kernel.prepare(family.problem, views, family.activation(), device),
+            dense,
+            "prepare of transposed views",
+        )
 
     def test_memory_is_as_declared(self, family: Hazard) -> None:
         """What is held is no more than codes at their width, scales, zeros, g_idx and the declared extra bytes."""

@@ -24,7 +24,7 @@ from quantplug.spec import (
     SegmentSpec,
     WeightSpec,
 )
-from quantplug.weight import Weight
+from quantplug.weight import ActivationParams, Weight
 from quantplug_testkit.canonical import Scales, Zeros, make_weight
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -66,6 +66,10 @@ class Hazard:
             )
             for segment in self.problem.segments
         )
+
+    def activation(self) -> tuple[ActivationParams | None, ...]:
+        """Return what the file stores about x, one per segment."""
+        return (None,) * len(self.problem.segments)
 
     def bias(self) -> torch.Tensor | None:
         """Return the bias `[N]` in the problem's dtype, or None when the problem has none."""
@@ -193,8 +197,8 @@ UNUSUAL: tuple[LinearProblem, ...] = (
     LinearProblem(128, _PLAIN, "float64"),
     LinearProblem(128, _PLAIN, "float8_e4m3fn"),
     LinearProblem(128, _PLAIN, "int32"),
-    LinearProblem(128, _PLAIN, "bfloat16", activation=ActivationSpec("int8", "token", dynamic=True)),
-    LinearProblem(128, _PLAIN, "bfloat16", activation=ActivationSpec("float8_e4m3fn", "group", True, 128)),
+    LinearProblem(128, _PLAIN, "bfloat16", activation=ActivationSpec(ElementType.INT8, "token", dynamic=True)),
+    LinearProblem(128, _PLAIN, "bfloat16", activation=ActivationSpec(ElementType.FLOAT8_E4M3FN, "group", True, 128)),
     LinearProblem(0, _PLAIN, "bfloat16"),
     LinearProblem(128, (SegmentSpec(0, _weight("uint4", 32)),), "bfloat16"),
     LinearProblem(1, (SegmentSpec(1, _weight("uint2", 1)),), "bfloat16"),

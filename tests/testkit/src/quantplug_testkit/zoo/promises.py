@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
-from quantplug.weight import Prepared, Weight
+from quantplug.weight import ActivationParams, Prepared, Weight
 from quantplug_testkit.zoo.broken import Broken
 
 if TYPE_CHECKING:
@@ -134,10 +134,15 @@ class AnotherLayout(Broken):
     caught_by = ("test_prepare_says_what_it_made",)
 
     def prepare(
-        self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
+        device: torch.device,
+        out: Prepared | None = None,
     ) -> Prepared:
         """Mislabel the result."""
-        return replace(super().prepare(problem, segments, device, out), layout_id="zoo")
+        return replace(super().prepare(problem, segments, activation, device, out), layout_id="zoo")
 
 
 class ChangesTheWeights(Broken):
@@ -146,13 +151,18 @@ class ChangesTheWeights(Broken):
     caught_by = ("test_prepare_leaves_the_weights_alone",)
 
     def prepare(
-        self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
+        device: torch.device,
+        out: Prepared | None = None,
     ) -> Prepared:
         """Double the scales after they were taken over."""
         copies = [replace(weight, scales=weight.scales.clone()) for weight in segments]
         for weight in segments:
             weight.scales.mul_(2)
-        return super().prepare(problem, copies, device, out)
+        return super().prepare(problem, copies, activation, device, out)
 
 
 class PreparesAtRandom(Broken):
@@ -161,10 +171,15 @@ class PreparesAtRandom(Broken):
     caught_by = ("test_preparing_twice_gives_the_same_bits",)
 
     def prepare(
-        self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
+        device: torch.device,
+        out: Prepared | None = None,
     ) -> Prepared:
         """Add sixteen bytes of whatever was there."""
-        prepared = super().prepare(problem, segments, device, out)
+        prepared = super().prepare(problem, segments, activation, device, out)
         padding = torch.randint(0, 256, (16,), dtype=torch.uint8)
         return replace(prepared, tensors={**prepared.tensors, "padding": padding})
 
@@ -175,10 +190,15 @@ class PreparesElsewhere(Broken):
     caught_by = ("test_preparing_again_keeps_addresses",)
 
     def prepare(
-        self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
+        device: torch.device,
+        out: Prepared | None = None,
     ) -> Prepared:
         """Ignore `out`."""
-        return super().prepare(problem, segments, device)
+        return super().prepare(problem, segments, activation, device)
 
 
 class KeepsOldScales(Broken):
@@ -187,11 +207,16 @@ class KeepsOldScales(Broken):
     caught_by = ("test_preparing_again_keeps_addresses",)
 
     def prepare(
-        self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
+        device: torch.device,
+        out: Prepared | None = None,
     ) -> Prepared:
         """Write the codes only."""
         if out is None:
-            return super().prepare(problem, segments, device)
+            return super().prepare(problem, segments, activation, device)
         for number, weight in enumerate(segments):
             out.tensors[f"codes.{number}"].copy_(weight.codes)
         return out
@@ -203,14 +228,19 @@ class ContiguousWeights(Broken):
     caught_by = ("test_prepare_takes_weights_of_any_stride",)
 
     def prepare(
-        self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
+        device: torch.device,
+        out: Prepared | None = None,
     ) -> Prepared:
         """Take the memory of the codes in the order in which it lies."""
         read = [
             replace(weight, codes=weight.codes.as_strided(weight.codes.shape, (weight.in_features, 1)).clone())
             for weight in segments
         ]
-        return super().prepare(problem, read, device, out)
+        return super().prepare(problem, read, activation, device, out)
 
 
 class UndeclaredMemory(Broken):
@@ -219,10 +249,15 @@ class UndeclaredMemory(Broken):
     caught_by = ("test_memory_is_as_declared",)
 
     def prepare(
-        self, problem: LinearProblem, segments: Sequence[Weight], device: torch.device, out: Prepared | None = None
+        self,
+        problem: LinearProblem,
+        segments: Sequence[Weight],
+        activation: Sequence[ActivationParams | None],
+        device: torch.device,
+        out: Prepared | None = None,
     ) -> Prepared:
         """Add the float32 values."""
-        prepared = super().prepare(problem, segments, device, out)
+        prepared = super().prepare(problem, segments, activation, device, out)
         values = torch.cat([weight.dequantize() for weight in segments])
         return replace(prepared, tensors={**prepared.tensors, "values": values})
 

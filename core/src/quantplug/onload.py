@@ -1,0 +1,88 @@
+"""
+Quantizing a dense checkpoint while it is loaded: the caller's wish as a configuration, and what a name suggests.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantplug.config import Field, QuantConfig
+from quantplug.errors import ConfigError
+from quantplug.names import GENERIC
+from quantplug.sections import CALLER
+from quantplug.skip import Entry, EntryKind, Rule, SchemeRef
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from quantplug.jsonio import Json
+    from quantplug.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class OnLoad:
+    """
+    The wish to quantize dense weights while they are loaded.
+
+    Attributes:
+        recipe: name of the grid, one of `Registry.recipes` ("int4-g32", "fp8", "mxfp8", "q4_0").
+        skip: layers to leave whole; the output head is left whole in any case.
+    """
+
+    recipe: str
+    skip: tuple[Entry, ...] = ()
+
+    def scheme(self, registry: Registry) -> SchemeRef:
+        """Return what the recipe stands for; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
+        recipe = registry.recipe(self.recipe).item
+        return SchemeRef(recipe.scheme, tuple(sorted(recipe.params.items())))
+
+
+def on_load_config(wish: OnLoad, registry: Registry) -> QuantConfig:
+    """Return the configuration of a dense checkpoint whose linear layers are quantized as the caller wishes."""
+    heads = (Entry(name, EntryKind.SUFFIX, name, "output heads stay whole", implied=True) for name in GENERIC.heads)
+    return QuantConfig(
+        dialect="",
+        default=wish.scheme(registry),
+        rules=tuple(Rule(entry) for entry in (*wish.skip, *heads)),
+        fields=(Field("quantize", wish.recipe, CALLER),),
+        on_load=True,
+    )
+
+
+def confirm(wish: OnLoad, config: QuantConfig, registry: Registry) -> None:
+    """
+    Check that a wish to quantize says what an already quantized checkpoint is.
+
+    Raises:
+        ConfigError: `QP-CFG-CONTRADICTION` when it says anything else.
+    """
+    if wish.skip or wish.scheme(registry) != config.default:
+        raise ConfigError(
+            "QP-CFG-CONTRADICTION",
+            f"{CALLER}: quantize",
+            f"{wish.recipe!r} is asked for, and the checkpoint is already quantized by {config.dialect}"
+            + ("" if config.default is None else f" ({config.default.name})"),
+            expected="a dense checkpoint, or no such wish",
+            fix="Leave quantize out to run the checkpoint as it is; to get another format, start from dense weights.",
+        )
+
+
+def suggested_grid(directory: Path, model: Mapping[str, Json], registry: Registry) -> tuple[str, ...]:
+    """
+    Return a remark where the name of a dense checkpoint suggests a grid that its weights were trained for.
+
+    Nothing follows from a name; the caller decides.
+    """
+    named = model.get("_name_or_path")
+    for name in (directory.name, named if isinstance(named, str) else ""):
+        for recipe in sorted(registry.recipes, key=len, reverse=True):
+            if re.search(rf"(?<![a-z0-9]){re.escape(recipe)}(?![a-z0-9])", name.lower()):
+                return (
+                    f"the name {name!r} suggests weights made for the grid {recipe!r}; they are dense and stay so "
+                    f"unless you say quantize={recipe!r}",
+                )
+    return ()
