@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := core plugins/gptq plugins/auto-round plugins/cpu plugins/transformers plugins/cli tests/testkit
+PACKAGES := core plugins/gptq plugins/auto-round plugins/fp8 plugins/mx plugins/awq plugins/int8 plugins/compressed-tensors \
+	plugins/modelopt plugins/quark plugins/cpu plugins/transformers plugins/peers plugins/cli tests/testkit
 TOOLS := pytest hypothesis ml_dtypes import-linter ruff mypy matplotlib accelerate gguf
 
 .PHONY: demo test lint unit slow bench setup clean

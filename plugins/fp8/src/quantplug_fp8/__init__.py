@@ -1,0 +1,1 @@
+"""FP8 checkpoints for quantplug: per tensor, channel and block."""

@@ -1,0 +1,1 @@
+"""INT8 checkpoints for quantplug: W8A8 and W8A16."""

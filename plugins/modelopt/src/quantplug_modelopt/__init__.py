@@ -1,0 +1,1 @@
+"""ModelOpt checkpoints for quantplug."""

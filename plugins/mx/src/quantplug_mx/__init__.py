@@ -1,0 +1,1 @@
+"""MXFP8, MXFP4 and NVFP4 checkpoints for quantplug."""

@@ -1,0 +1,1 @@
+"""What other engines would make of the same configuration, for quantplug lint."""

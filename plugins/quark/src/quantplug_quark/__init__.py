@@ -1,0 +1,1 @@
+"""Quark checkpoints for quantplug."""
