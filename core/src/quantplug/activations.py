@@ -1,9 +1,9 @@
 """
 How a scheme's parameters spell the permission to quantize activations: one text, the same for every format.
 
-`int8/token/dynamic`, `float8_e4m3fn/tensor/static`, `float8_e4m3fn/group128/dynamic`; with the dtype of dynamic scales
-behind it where they are rounded: `float8_e4m3fn/group32/dynamic/float8_e8m0fnu` (MX), and `+global` where a stored factor
-multiplies them: `float4_e2m1fn/group16/dynamic/float8_e4m3fn+global` (NVFP4).
+`int8/token/dynamic`, `float8_e4m3fn/tensor/static`, `float8_e4m3fn/group128/dynamic`; with the dtype of dynamic
+scales behind it where they are rounded: `float8_e4m3fn/group32/dynamic/float8_e8m0fnu` (MX), and `+global` where a stored
+factor multiplies them: `float4_e2m1fn/group16/dynamic/float8_e4m3fn+global` (NVFP4).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _FORM = re.compile(
     r"(?P<element>[a-z0-9_]+)/(?P<shared>tensor|token|group(?P<size>[1-9][0-9]{0,6}))/(?P<when>dynamic|static)"
     rf"(?:/(?P<scale>{'|'.join(SCALE_DTYPES)})(?P<factor>\+global)?)?"
 )
+_ELEMENTS = frozenset(element.value for element in ElementType)
 _EXAMPLES = "none, or a text such as 'int8/token/dynamic', 'float8_e4m3fn/group128/dynamic'"
 
 
@@ -49,7 +50,7 @@ def read_activation(value: Json, where: str) -> ActivationSpec | None:
     if value is None or value == "none":
         return None
     found = _FORM.fullmatch(value) if isinstance(value, str) else None
-    if found is None or found["element"] not in ElementType:
+    if found is None or found["element"] not in _ELEMENTS:
         raise ConfigError("QP-CFG-FIELD", where, f"is {describe_json(value)}", expected=_EXAMPLES)
     shared = found["shared"].rstrip("0123456789")
     return ActivationSpec(

@@ -37,8 +37,8 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         Plan, LayerPlan, Segment, Decision, Choice, Candidate, LeftTensors, KVCachePlan, Platform, Field, EntryUse,
-        Entry, SchemeRef, Accepted, Rejected, Cost, Cast, LinearProblem, LinearShape, SegmentSpec, WeightSpec, ActivationSpec,
-        PerTensor, PerChannel, PerGroup, PerBlock,
+        Entry, SchemeRef, Accepted, Rejected, Cost, Cast, LinearProblem, LinearShape, SegmentSpec, WeightSpec,
+        ActivationSpec, PerTensor, PerChannel, PerGroup, PerBlock,
     )
 }  # fmt: skip
 
