@@ -13,7 +13,7 @@ from quantplug.kernel import Accepted, Cast, Rejected
 from quantplug.platform import Platform
 from quantplug.plugins import discover
 from quantplug.reference import ReferenceKernel
-from quantplug.spec import LinearProblem, PerChannel, PerTensor, SegmentSpec
+from quantplug.spec import ElementType, LinearProblem, PerBlock, PerChannel, PerTensor, SegmentSpec, WeightSpec
 from quantplug_cpu import int8 as int8_module
 from quantplug_cpu.int4 import Int4Kernel
 from quantplug_cpu.int8 import Int8Kernel
@@ -52,6 +52,36 @@ REFUSED = [
         "cpu",
         "dtype",
         "scales in float8_e4m3fn",
+        "float16",
+    ),
+    *(
+        (kernel, problem(spec(str(element), 32), 8, 32), "cpu", "element", f"{element} codes are floating", "cpu.dense")
+        for kernel in (FOUR, EIGHT)
+        for element in ElementType
+        if element.floating
+    ),
+    (
+        EIGHT,
+        problem(spec("int8", PerBlock(128, 64)), 8, 32),
+        "cpu",
+        "granularity",
+        "blocks of 128 x 64",
+        "cpu.dense takes them",
+    ),
+    (
+        FOUR,
+        problem(WeightSpec(ElementType.INT4, PerChannel(), global_scale=True), 8, 32),
+        "cpu",
+        "dtype",
+        "a global scale multiplies",
+        "cpu.dense takes it",
+    ),
+    (
+        FOUR,
+        problem(spec("int4", 32, scales="float8_e8m0fnu"), 8, 32),
+        "cpu",
+        "dtype",
+        "scales in float8_e8m0fnu",
         "float16",
     ),
     (

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Cast, Rejected
-from quantplug.spec import PerGroup, PerTensor, group_count
+from quantplug.spec import PerBlock, PerGroup, PerTensor, group_count
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -43,10 +43,17 @@ def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], ot
         kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
         return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")
     weight = problem.segments[0].weight
+    if weight.element.floating:
+        return Rejected("element", f"{weight.element} codes are floating-point numbers", "cpu.dense takes them")
     if weight.element.bits not in bits:
         return Rejected("element", f"{weight.element} has {weight.element.bits} bits", f"{other} takes it")
     if weight.scale_dtype not in SCALE_BYTES:
         return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}")
+    if weight.global_scale:
+        return Rejected("dtype", "a global scale multiplies the scales", "cpu.dense takes it")
+    if isinstance(weight.granularity, PerBlock):
+        shared = f"{weight.granularity.n} x {weight.granularity.k}"
+        return Rejected("granularity", f"scales are shared by blocks of {shared}", "cpu.dense takes them")
     sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
     for name, size in sizes:
         if size < 1:
