@@ -216,7 +216,7 @@ class LayerPlanner:
             header = stored.get(param.suffix)
             if header is None:
                 continue
-            if header.shape != param.shape:
+            if header.shape != param.shape and header.shape not in param.other_shapes:
                 raise CheckpointError(
                     "QP-ST-SHAPE",
                     f"{header.file}: {header.name}",

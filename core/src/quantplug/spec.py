@@ -195,6 +195,7 @@ class ParamSpec:
         packed_factor: codes per element along `packed_axis`, as (codes, elements) so that 32 codes in 3 words is exact.
         output_axis: axis that splits under column parallelism, or None.
         input_axis: axis that splits under row parallelism, or None.
+        other_shapes: further shapes in which writers store the same values in the same order (a scale `[]` as `[1]`).
     """
 
     suffix: str
@@ -205,6 +206,7 @@ class ParamSpec:
     packed_factor: tuple[int, int] = (1, 1)
     output_axis: int | None = None
     input_axis: int | None = None
+    other_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
