@@ -30,8 +30,8 @@ def test_every_text_says_one_thing_and_is_spelled_so_again(text):
 
 
 @pytest.mark.parametrize("value", [
-    "int8", "int8/token", "int9/token/dynamic", "int8/group0/dynamic", 8, True, "int8/row/static", "int8/token/dynamic ",
-    "int8/token/dynamic/float16", ["int8"],
+    "int8", "int8/token", "int9/token/dynamic", "int8/group0/dynamic", 8, True, "int8/row/static", ["int8"],
+    "int8/token/dynamic ", "int8/token/dynamic/float16",
 ])  # fmt: skip
 def test_what_has_another_form_is_refused_by_name(value):
     with pytest.raises(ConfigError, match="activation") as raised:

@@ -246,7 +246,8 @@ def stored_tensors(modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str
     """
     Yield every stored tensor of loaded layers in checkpoint form, bit for bit, one at a time.
 
-    The bytes come from the source files as long as they are what was loaded, else from what the kernels hold.
+    The bytes come from the source files as long as they are what was loaded, else from what the kernels hold. Layers
+    that were quantized while they were loaded are yielded as a conversion would write them.
 
     Raises:
         LoadError: `QP-LOAD-SOURCE` when neither is possible.
@@ -259,7 +260,7 @@ def stored_tensors(modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str
 def _from_source(module: QuantizedLinear, opened: dict[str, Checkpoint]) -> Iterator[tuple[str, torch.Tensor]]:
     from pathlib import Path
 
-    result: list[tuple[str, torch.Tensor]] = []
+    result: dict[str, torch.Tensor] = {}
     try:
         for source in module.sources:
             directory = str(Path(source.file).parent)
@@ -269,13 +270,14 @@ def _from_source(module: QuantizedLinear, opened: dict[str, Checkpoint]) -> Iter
                 tensor = reader.read(source.name)
             if digest(tensor) != source.sha256:
                 raise CheckpointError("QP-ST-CHANGED", f"{source.file}: {source.name}", "its bytes are others now")
-            result.append((source.name, tensor))
+            result[source.name] = tensor
+        result = module.in_checkpoint_form(result)
     except CheckpointError as gone:
         try:
-            result = list(module.encode().items())
+            result = module.encode()
         except LoadError as error:
             raise LoadError(
                 "QP-LOAD-SOURCE", module.path, f"{gone.where}: {gone.what}; and {error.what}",
                 expected="the source file as it was loaded, or a kernel that can unprepare", fix=error.fix,
             ) from error  # fmt: skip
-    yield from result
+    yield from result.items()

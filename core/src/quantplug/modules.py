@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from quantplug.kernel import LinearKernel
     from quantplug.ledger import Ledger
-    from quantplug.plan import Choice, LayerPlan, Plan
+    from quantplug.plan import Choice, LayerPlan, Plan, Segment
     from quantplug.registry import Registry
     from quantplug.schemes import SchemeCache
     from quantplug.spec import LinearProblem
@@ -296,11 +296,6 @@ class QuantizedLinear(torch.nn.Module):
             LoadError: `QP-LOAD-SOURCE` when the kernel has no way back.
         """
         kernel = self._choices[0][1]
-        if any(segment.quantize for segment in self._layer.segments):
-            raise LoadError(
-                "QP-LOAD-SOURCE", self.path, "was quantized while loading: it has no checkpoint form of its own",
-                expected="the dense source file", fix="Write a quantized checkpoint with quantplug convert.",
-            )  # fmt: skip
         try:
             weights = [weight for part in self._parts for weight in kernel.unprepare(part)]
         except NotImplementedError as error:
@@ -312,13 +307,20 @@ class QuantizedLinear(torch.nn.Module):
         for scheme, segment, weight, activation in zip(
             self._schemes, self._layer.segments, weights, self.activation, strict=True
         ):
-            names = dict(segment.tensors)
-            stored = scheme.encode(weight, activation)
-            result |= {names[suffix]: tensor for suffix, tensor in stored.items() if suffix in names}
+            result |= _named(segment, scheme.encode(weight, activation))
         sizes = [segment.shape.out_features for segment in self._layer.segments]
         whole = [bias for bias in self._part_biases if bias is not None]
         if whole:
             result |= dict(zip(self._layer.tensors, torch.cat(whole).split(sizes), strict=True))
+        return result
+
+    def in_checkpoint_form(self, read: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what was read from the source as a quantized checkpoint holds it, quantized anew if it is dense there."""
+        result = dict(read)
+        for scheme, segment in zip(self._schemes, self._layer.segments, strict=True):
+            if segment.quantize:
+                weight = quantize_dense(scheme, result.pop(segment.tensors[0][1]), segment.name)
+                result |= _named(segment, scheme.encode(weight))
         return result
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -344,3 +346,9 @@ class QuantizedLinear(torch.nn.Module):
         """Describe the layer in a model's printout."""
         kernels = ", ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
         return f"{self._layer.scheme}, in={self.in_features}, out={self.out_features}, kernel={kernels}"
+
+
+def _named(segment: Segment, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return stored tensors by name; of those that a format may leave out, the ones that the source has."""
+    had = None if segment.quantize else dict(segment.tensors)
+    return {f"{segment.name}.{suffix}": tensor for suffix, tensor in stored.items() if had is None or suffix in had}

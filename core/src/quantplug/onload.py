@@ -5,11 +5,13 @@ Quantizing a dense checkpoint while it is loaded: the caller's wish as a configu
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantplug.config import Field, QuantConfig
 from quantplug.errors import ConfigError
+from quantplug.evidence import DENSE_SUFFIX
 from quantplug.names import GENERIC
 from quantplug.sections import CALLER
 from quantplug.skip import Entry, EntryKind, Rule, SchemeRef
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from quantplug.jsonio import Json
+    from quantplug.plan import Plan
     from quantplug.registry import Registry
 
 
@@ -86,3 +89,23 @@ def suggested_grid(directory: Path, model: Mapping[str, Json], registry: Registr
                     f"unless you say quantize={recipe!r}",
                 )
     return ()
+
+
+def written_section(plan: Plan, registry: Registry) -> dict[str, Json]:
+    """
+    Return the quantization section of the checkpoint that a plan's layers are written as.
+
+    Raises:
+        PluginError: `QP-PLUG-MISSING` or `QP-PLUG-CONFLICT` when no dialect, or more than one, describes the format.
+    """
+    layers = {segment.name: segment.scheme for layer in plan.layers for segment in layer.segments}
+    base, _ = Counter(layers.values()).most_common(1)[0]
+    whole = [layer for layer in plan.layers if layer.kind == "linear" and not layer.quantized]
+    ending = f".{DENSE_SUFFIX}"
+    dense = [
+        name.removesuffix(ending)
+        for layer in whole
+        for name in layer.tensors or (layer.path + ending,)  # a tied head stores nothing of its own
+        if name.endswith(ending)
+    ]
+    return registry.dialect_writing(base.name).item.write(base, layers, dense)

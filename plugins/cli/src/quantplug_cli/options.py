@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from quantplug.jsonio import Json
+    from quantplug.onload import OnLoad
     from quantplug.policy import Policy
 
 Checkpoint = Annotated[
@@ -34,6 +35,16 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="State a quantization field that the file lacks (repeatable)."),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE", help="Quantize dense weights on load: int4-g64, fp8, …; `quantplug plugins` lists them."
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Leave layers whole: path, glob or re:EXPRESSION (repeatable)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -49,6 +60,18 @@ def read_settings(settings: Iterable[str] | None) -> dict[str, Json]:
         except ValueError:
             result[key] = text
     return result
+
+
+def read_wish(quantize: str | None, skip: list[str] | None) -> OnLoad | None:
+    """Turn the options about quantizing on load into a wish; `--skip` alone makes no sense."""
+    from quantplug.entries import path_entries
+    from quantplug.onload import OnLoad
+
+    if quantize is None:
+        if skip:
+            raise typer.BadParameter("--skip needs --quantize")
+        return None
+    return OnLoad(quantize, path_entries(list(skip or ()), "--skip"))
 
 
 def read_policy(file: Path | None) -> Policy | None:

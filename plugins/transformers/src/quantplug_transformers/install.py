@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from quantplug.load import LoadReport, load_layers
+from quantplug.load import LoadedLayers, load_layers
 from quantplug.modules import QuantizedLinear
 from quantplug.schemes import SchemeCache
 from quantplug_transformers.overrides import override_methods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel
 
@@ -76,18 +76,29 @@ class Installation:
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
             parameter.requires_grad_(False)
         override_methods(model)
-        attach(model, request.plan, loaded.report)
+        attach(model, request.plan, loaded)
 
 
-def attach(model: PreTrainedModel, plan: Plan, report: LoadReport) -> None:
-    """Leave the plan and the account of the load on the model, as `quantplug_plan` and `quantplug_report`."""
+def attach(model: PreTrainedModel, plan: Plan, loaded: LoadedLayers) -> None:
+    """
+    Leave the plan, the account of the load, and what was handed over on the model.
+
+    They are `quantplug_plan`, `quantplug_report`, and `quantplug_kv_scales`: Transformers keeps the cache of keys and
+    values in the model's dtype, so that nothing here uses those scales.
+    """
     setattr(model, "quantplug_plan", plan)  # noqa: B010  # a PreTrainedModel declares no such attribute
-    setattr(model, "quantplug_report", report)  # noqa: B010
+    setattr(model, "quantplug_report", loaded.report)  # noqa: B010
+    setattr(model, "quantplug_kv_scales", loaded.kv_scales)  # noqa: B010
 
 
 def plan_of(model: PreTrainedModel) -> Plan:
     """Return the plan a model was loaded by."""
     return cast("Plan", model.quantplug_plan)
+
+
+def kv_scales_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the stored scales of a cache of keys and values, by stored name."""
+    return dict(cast("Mapping[str, torch.Tensor]", model.quantplug_kv_scales))
 
 
 def untie(config: Any) -> None:
@@ -99,6 +110,7 @@ def untie(config: Any) -> None:
 def _patterns(plan: Plan) -> list[str]:
     """Return expressions for the tensors that Transformers is to pass over: the account of them is the core's."""
     names = [name for left in plan.left for name in left.names]
+    names += plan.kv_cache.scales if plan.kv_cache else ()
     suffixes = {suffix for layer in plan.layers for segment in layer.segments for suffix, _ in segment.tensors}
     suffixes |= {name.rpartition(".")[2] for layer in plan.layers if layer.quantized for name in layer.tensors}
     endings = [rf"\.(?:{'|'.join(map(re.escape, sorted(suffixes)))})$"] if suffixes else []

@@ -13,8 +13,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantplug.entries import path_entries
 from quantplug.errors import CheckpointError, HostError, list_names
 from quantplug.load import load_layers
+from quantplug.onload import OnLoad
 from quantplug.source import resolve_source
 from quantplug_transformers.install import attach, untie
 from quantplug_transformers.inventory import tied_modules
@@ -23,7 +25,7 @@ from quantplug_transformers.request import Request, Wishes, make_request
 from quantplug_transformers.versions import require_accelerate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,6 +65,8 @@ def from_pretrained(
     device_map: DeviceMap | None = None,
     policy: Policy | None = None,
     override: Mapping[str, Json] | None = None,
+    quantize: str | None = None,
+    skip: Sequence[str] = (),
     strict: bool = False,
     registry: Registry | None = None,
     progress: Progress | None = None,
@@ -81,10 +85,13 @@ def from_pretrained(
         device_map: as in Transformers, but nothing on disk; None is the CPU.
         policy: wishes about kernels; None reads the file that `QUANTPLUG_POLICY` names, if any.
         override: quantization fields the caller states; they may add to the file, never contradict it.
+        quantize: name of a grid to quantize dense weights to while they are loaded ("int4-g32", "fp8", …); saved then,
+            the model is a quantized checkpoint.
+        skip: layers to leave whole then: paths, globs, or `re:` expressions.
         strict: whether a rule that the stored tensors contradict is an error.
         registry: plugins to use; None takes the installed ones.
         progress: told how far loading the quantized layers is.
-        plan: a plan of the same checkpoint to load by; policy, override and strict are in it already.
+        plan: a plan of the same checkpoint to load by; policy, override, quantize and strict are in it already.
         model_class: an Auto class or a model class; None is `AutoModelForCausalLM`.
         **model_kwargs: what Transformers' `from_pretrained` takes and a plan does not depend on
             (`attn_implementation`, `trust_remote_code`, fields of the model's configuration).
@@ -104,7 +111,8 @@ def from_pretrained(
     builder = AutoModelForCausalLM if model_class is None else model_class
     if plan is not None and dtype is None:
         dtype = plan.dtype
-    wishes = Wishes(dtype, device_map, policy, override, strict, registry, progress)
+    wish = None if quantize is None else OnLoad(quantize, path_entries(list(skip), "skip"))
+    wishes = Wishes(dtype, device_map, policy, override, wish, strict, registry, progress)
     config, unused = read_config(directory, model_kwargs)
     model = skeleton(builder, config, directory)
     request = make_request(model, directory, wishes, plan)
@@ -114,7 +122,7 @@ def from_pretrained(
         config.quantization_config = {"quant_method": METHOD, "source": dict(request.section), "request": request}
     loaded = _load(builder, config, request, device_map, unused)
     if not request.section:
-        attach(loaded, request.plan, load_layers(request.plan, directory, registry=request.registry).report)
+        attach(loaded, request.plan, load_layers(request.plan, directory, registry=request.registry))
     return loaded
 
 

@@ -12,6 +12,7 @@ import torch
 from quantplug.checkpoint import INDEX_FILE, open_checkpoint
 from quantplug.config import resolve_config
 from quantplug.detect import detect
+from quantplug.onload import OnLoad, written_section
 from quantplug.planner import plan as make_plan
 from quantplug.plugins import registry as installed
 from quantplug_transformers.devices import DeviceMap, platform_kind
@@ -40,6 +41,7 @@ class Wishes:
     device_map: DeviceMap | None = None
     policy: Policy | None = None
     override: Mapping[str, Json] | None = None
+    quantize: OnLoad | None = None
     strict: bool = False
     registry: Registry | None = None
     progress: Progress | None = field(default=None, compare=False)
@@ -54,7 +56,8 @@ class Request:
         plan: with the paths of the model.
         directory: the checkpoint.
         weights_file: what Transformers is to read: the index, or the only file.
-        section: how the checkpoint describes its quantization; {} for a dense one.
+        section: how the checkpoint describes its quantization, or the one that is written for layers quantized on load;
+            {} for a dense one.
         registry: the plugins the plan was made with.
         progress: told how far loading is.
     """
@@ -100,6 +103,7 @@ def make_request(model: PreTrainedModel, directory: Path, wishes: Wishes, plan: 
             dtype=dtype_name(wishes.dtype),
             policy=wishes.policy,
             override=wishes.override,
+            quantize=wishes.quantize,
             inventory=read_inventory(model, names),
             strict=wishes.strict,
             registry=registry,
@@ -107,7 +111,11 @@ def make_request(model: PreTrainedModel, directory: Path, wishes: Wishes, plan: 
     else:
         plan = in_model_paths(plan, names)
     check_fit(model, plan, checkpoint, names)
-    section = resolve_config(directory, registry, override=wishes.override).section
+    section: Mapping[str, Json]
+    if any(segment.quantize for layer in plan.layers for segment in layer.segments):
+        section = written_section(plan, registry)
+    else:
+        section = resolve_config(directory, registry, override=wishes.override).section
     weights_file = INDEX_FILE if (directory / INDEX_FILE).exists() else checkpoint.files[0]
     return Request(plan, directory, weights_file, section, registry, wishes.progress)
 

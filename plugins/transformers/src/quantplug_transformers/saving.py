@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.load import stored_tensors
 from quantplug.modules import QuantizedLinear
-from quantplug_transformers.install import plan_of
+from quantplug_transformers.install import kv_scales_of, plan_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +26,9 @@ def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     plan = plan_of(model)
     layers = {module.path: module for module in model.modules() if isinstance(module, QuantizedLinear)}
-    own_name = {
-        name: f"{layer.path}.{suffix}"
-        for layer in plan.layers
-        for segment in layer.segments
-        for suffix, name in (*segment.tensors, *((name.rpartition(".")[2], name) for name in layer.tensors))
-    }
+    own_path = {segment.name: layer.path for layer in plan.layers for segment in layer.segments}
     state: dict[str, torch.Tensor] = dict(model.state_dict())
     for name, tensor in stored_tensors(layers):
-        state[own_name[name]] = tensor
-    return state
+        path, _, suffix = name.rpartition(".")
+        state[f"{own_path[path]}.{suffix}"] = tensor
+    return state | kv_scales_of(model)

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplug_cli.options import AsJson, read_settings
+from quantplug_cli.options import AsJson, Skip, read_settings
 
 if TYPE_CHECKING:
     from quantplug.jsonio import Json
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Dense checkpoint directory, or a repository id.")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Directory to create; must not exist.")]
-Scheme = Annotated[str, typer.Option(help="Format to write; `quantplug plugins` lists them.")]
+Scheme = Annotated[str | None, typer.Option(help="Format to write; `quantplug plugins` lists them.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="RECIPE", help="Short for a format and its parameters: int4-g64, fp8, …"),
+]
 Bits = Annotated[int | None, typer.Option(help="Bits per weight.")]
 GroupSize = Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for whole rows.")]
 Symmetric = Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero points.")]
 HeadBits = Annotated[
     int | None, typer.Option(help="Quantize the output head too, with this many bits and one scale per row.")
-]
-Skip = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Leave layers whole: path, glob or re:EXPRESSION (repeatable)."),
 ]
 Calibrate = Annotated[
     Path | None, typer.Option(metavar="TEXT", help="Quantize by what this text sends through the layers.")
@@ -40,7 +40,8 @@ def convert(
     source: Source,
     destination: Destination,
     *,
-    scheme: Scheme,
+    scheme: Scheme = None,
+    quantize: Recipe = None,
     bits: Bits = None,
     group_size: GroupSize = None,
     sym: Symmetric = None,
@@ -59,6 +60,11 @@ def convert(
 
     stated: dict[str, Json | None] = {"bits": bits, "group_size": group_size, "sym": sym}
     params = {name: value for name, value in stated.items() if value is not None} | read_settings(settings)
+    if (scheme is None) == (quantize is None):
+        raise typer.BadParameter("say either --scheme or --quantize")
+    if quantize is not None:
+        recipe = quantplug.registry().recipe(quantize).item
+        scheme, params = recipe.scheme, dict(recipe.params) | params
     head: dict[str, Json] | None = None
     if head_bits is not None:
         head = params | {"bits": head_bits, "group_size": -1, "sym": True}
@@ -69,7 +75,7 @@ def convert(
         report = quantplug.convert(
             source,
             destination,
-            scheme=scheme,
+            scheme=str(scheme),
             params=params,
             head=head,
             skip=path_entries(list(skip or ()), "--skip"),

@@ -15,10 +15,13 @@ from quantplug_cli.options import (
     Dtype,
     For,
     PolicyFile,
+    Quantize,
     Settings,
+    Skip,
     Strict,
     read_policy,
     read_settings,
+    read_wish,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ def plan(
     platform: For = None,
     dtype: Dtype = None,
     policy: PolicyFile = None,
+    quantize: Quantize = None,
+    skip: Skip = None,
     settings: Settings = None,
     strict: Strict = False,
     as_json: AsJson = False,
@@ -46,6 +51,7 @@ def plan(
         dtype=dtype,
         policy=read_policy(policy),
         override=read_settings(settings),
+        quantize=read_wish(quantize, skip),
         strict=strict,
     )
     if as_json:
@@ -71,6 +77,11 @@ def show(made: Plan, title: str) -> None:
     console.print(f"{quantized} layers quantized; {size(files)} in files, about {size(memory)} in memory")
     for left in made.left:
         console.print(f"left: {left.reason} ({len(left.names)} tensors, {left.names[0]} …)", markup=False)
+    if made.kv_cache is not None:
+        spec = made.kv_cache.spec.describe() if made.kv_cache.spec is not None else "not described"
+        console.print(
+            f"handed over: cache of keys and values, {spec}, {len(made.kv_cache.scales)} scales", markup=False
+        )
     for warning in made.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
 

@@ -70,6 +70,7 @@ def _provided(registry: Registry) -> dict[str, dict[str, list[str]]]:
     result: dict[str, dict[str, list[str]]] = {}
     mappings: dict[str, Mapping[str, Provided[object]]] = {
         "schemes": registry.schemes,
+        "recipes": registry.recipes,
         "dialects": registry.dialects,
         "kernels": registry.kernels,
         "platforms": registry.platforms,

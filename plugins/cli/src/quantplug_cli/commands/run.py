@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplug_cli.options import AsJson, Checkpoint, Dtype, PolicyFile, Settings, Strict, read_policy, read_settings
+from quantplug_cli.options import (
+    AsJson,
+    Checkpoint,
+    Dtype,
+    PolicyFile,
+    Quantize,
+    Settings,
+    Skip,
+    Strict,
+    read_policy,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from quantplug.host import RunningModel
@@ -30,6 +41,8 @@ def run(
     raw: Raw = False,
     dtype: Dtype = None,
     policy: PolicyFile = None,
+    quantize: Quantize = None,
+    skip: Skip = None,
     settings: Settings = None,
     strict: Strict = False,
     as_json: AsJson = False,
@@ -45,6 +58,8 @@ def run(
             dtype=dtype,
             policy=read_policy(policy),
             override=read_settings(settings) or None,
+            quantize=quantize,
+            skip=skip or (),
             strict=strict,
             progress=progress,
         )

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantplug_cli.options import AsJson, Checkpoint, Dtype, For, PolicyFile, Settings, read_policy, read_settings
+from quantplug_cli.options import (
+    AsJson,
+    Checkpoint,
+    Dtype,
+    For,
+    PolicyFile,
+    Quantize,
+    Settings,
+    Skip,
+    read_policy,
+    read_settings,
+    read_wish,
+)
 
 if TYPE_CHECKING:
     from quantplug.plan import LayerPlan, Plan
@@ -23,6 +35,8 @@ def why(
     platform: For = None,
     dtype: Dtype = None,
     policy: PolicyFile = None,
+    quantize: Quantize = None,
+    skip: Skip = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -30,7 +44,12 @@ def why(
     import quantplug
 
     made = quantplug.plan(
-        checkpoint, platform=platform, dtype=dtype, policy=read_policy(policy), override=read_settings(settings)
+        checkpoint,
+        platform=platform,
+        dtype=dtype,
+        policy=read_policy(policy),
+        override=read_settings(settings),
+        quantize=read_wish(quantize, skip),
     )
     found = made.layer(layer)
     if as_json:
