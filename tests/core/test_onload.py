@@ -153,7 +153,7 @@ def test_a_name_that_suggests_a_grid_is_remarked_on_and_nothing_follows(tmp_path
     assert not any(layer.quantized for layer in made.layers)
     assert any("quantize='toy-7'" in warning for warning in made.warnings)
     assert not any("suggests" in warning for warning in planned(named).warnings)
-    plain = write_checkpoint(tmp_path / "toyish-70b-toy_70", dense_tensors())
+    plain = write_checkpoint(tmp_path / "toyish-70b", dense_tensors())
     assert not any("suggests" in warning for warning in planned(plain, None).warnings)
 
 

@@ -2,8 +2,8 @@
 How a scheme's parameters spell the permission to quantize activations: one text, the same for every format.
 
 `int8/token/dynamic`, `float8_e4m3fn/tensor/static`, `float8_e4m3fn/group128/dynamic`. Where dynamic scales are rounded,
-the dtype they are rounded to stands behind it: `float8_e4m3fn/group32/dynamic/float8_e8m0fnu` (MX); `+global` where a stored
-factor multiplies them: `float4_e2m1fn/group16/dynamic/float8_e4m3fn+global` (NVFP4).
+their dtype stands behind it: `float8_e4m3fn/group32/dynamic/float8_e8m0fnu` (MX); `+global` where a stored factor
+multiplies them: `float4_e2m1fn/group16/dynamic/float8_e4m3fn+global` (NVFP4).
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class QuantizedLinear(torch.nn.Module):
                 self._allocate(self._attribute(DENSE_SUFFIX, number), shape, self._dtype)
             for spec in () if segment.quantize else scheme.params(segment.shape):
                 if spec.suffix in stored:
-                    self._allocate(self._attribute(spec.suffix, number), spec.shape, getattr(torch, spec.dtypes[0]))
+                    name, dtype = self._attribute(spec.suffix, number), getattr(torch, spec.dtypes[0])
+                    self._allocate(name, spec.shape, dtype, spec.also)
             if self._problem.bias:
                 self._allocate(self._attribute("bias", number), (segment.shape.out_features,), self._dtype)
 
@@ -209,7 +210,9 @@ class QuantizedLinear(torch.nn.Module):
         if len(parts) == len(self._choices) == 1:
             self._only = (self._choices[0][1], parts[0], biases[0])
 
-    def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def _allocate(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, also: tuple[tuple[int, ...], ...] = ()
+    ) -> None:
         tensor = torch.empty(shape, dtype=dtype)
         if dtype.is_floating_point:
             tensor.fill_(float("nan"))
@@ -217,13 +220,15 @@ class QuantizedLinear(torch.nn.Module):
             tensor.view(torch.uint8).fill_(_POISON_BYTE)
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         # Engines look for this attribute on the parameter.
-        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}"))  # noqa: B010
+        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}", also))  # noqa: B010
         self.register_parameter(name, parameter)
         if self._ledger is not None:
             self._ledger.expect(f"{self.path}.{name}", shape)
 
-    def _loader(self, name: str) -> Callable[..., None]:
+    def _loader(self, name: str, also: tuple[tuple[int, ...], ...]) -> Callable[..., None]:
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor, start: tuple[int, ...] | None = None) -> None:
+            if start is None and tuple(tensor.shape) in also:
+                tensor = tensor.reshape(parameter.shape)
             start = (0,) * parameter.dim() if start is None else start
             box = tuple((begin, begin + size) for begin, size in zip(start, tensor.shape, strict=True))
             if parameter.dtype != tensor.dtype:
@@ -315,7 +320,7 @@ class QuantizedLinear(torch.nn.Module):
         return result
 
     def in_checkpoint_form(self, read: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what was read from the source as a quantized checkpoint holds it, quantized anew if it is dense there."""
+        """Return what was read from the source as a quantized checkpoint holds it; what is dense is quantized anew."""
         result = dict(read)
         for scheme, segment in zip(self._schemes, self._layer.segments, strict=True):
             if segment.quantize:
