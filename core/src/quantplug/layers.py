@@ -221,8 +221,8 @@ class LayerPlanner:
                     "QP-ST-SHAPE",
                     f"{header.file}: {header.name}",
                     f"shape {list(header.shape)}",
-                    expected=f"{' or '.join(str(list(size)) for size in param.shapes)} for a {shape.out_features} x "
-                    f"{shape.in_features} layer in {scheme.describe()}",
+                    expected=f"{list(param.shape)} for a {shape.out_features} x {shape.in_features} layer in "
+                    f"{scheme.describe()}",
                     fix="Check bits and group_size in the configuration.",
                 )
             if header.dtype not in param.dtypes:

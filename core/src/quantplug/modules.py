@@ -102,7 +102,7 @@ class QuantizedLinear(torch.nn.Module):
             for spec in () if segment.quantize else scheme.params(segment.shape):
                 if spec.suffix in stored:
                     name, dtype = self._attribute(spec.suffix, number), getattr(torch, spec.dtypes[0])
-                    self._allocate(name, spec.shape, dtype, spec.also)
+                    self._allocate(name, spec.shape, dtype, spec.other_shapes)
             if self._problem.bias:
                 self._allocate(self._attribute("bias", number), (segment.shape.out_features,), self._dtype)
 
@@ -211,7 +211,7 @@ class QuantizedLinear(torch.nn.Module):
             self._only = (self._choices[0][1], parts[0], biases[0])
 
     def _allocate(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, also: tuple[tuple[int, ...], ...] = ()
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, other_shapes: tuple[tuple[int, ...], ...] = ()
     ) -> None:
         tensor = torch.empty(shape, dtype=dtype)
         if dtype.is_floating_point:
@@ -220,14 +220,14 @@ class QuantizedLinear(torch.nn.Module):
             tensor.view(torch.uint8).fill_(_POISON_BYTE)
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         # Engines look for this attribute on the parameter.
-        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}", also))  # noqa: B010
+        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}", other_shapes))  # noqa: B010
         self.register_parameter(name, parameter)
         if self._ledger is not None:
             self._ledger.expect(f"{self.path}.{name}", shape)
 
-    def _loader(self, name: str, also: tuple[tuple[int, ...], ...]) -> Callable[..., None]:
+    def _loader(self, name: str, other_shapes: tuple[tuple[int, ...], ...]) -> Callable[..., None]:
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor, start: tuple[int, ...] | None = None) -> None:
-            if start is None and tuple(tensor.shape) in also:
+            if start is None and tuple(tensor.shape) in other_shapes:
                 tensor = tensor.reshape(parameter.shape)
             start = (0,) * parameter.dim() if start is None else start
             box = tuple((begin, begin + size) for begin, size in zip(start, tensor.shape, strict=True))
