@@ -157,6 +157,22 @@ def test_a_name_that_suggests_a_grid_is_remarked_on_and_nothing_follows(tmp_path
     assert not any("suggests" in warning for warning in planned(plain, None).warnings)
 
 
+def test_the_grid_can_be_left_to_the_card_which_must_name_exactly_one(dense: Path) -> None:
+    with pytest.raises(ConfigError, match="names no grid") as raised:
+        planned(dense, "card")
+    assert raised.value.code == "QP-CFG-OVERRIDE"
+    (dense / "README.md").write_text("---\ntags: [qat, toy-7]\n---\nUse `toy` too.\n")
+    assert planned(dense, "card").hash == planned(dense, "toy-7").hash
+    assert [(f.value, f.origin) for f in planned(dense, "card").fields] == [("toy-7", "README.md: metadata")]
+    assert any("the model card names the grid 'toy-7'" in warning for warning in planned(dense, None).warnings)
+    (dense / "README.md").write_text("---\ntags:\n- toy\n- toy-7\n---\n")
+    with pytest.raises(ConfigError, match="names toy, toy-7"):
+        planned(dense, "card")
+    (dense / "README.md").write_bytes(b"---\n\xff\xfe toy-7 without an end")
+    with pytest.raises(ConfigError, match="names no grid"):
+        planned(dense, "card")
+
+
 def test_the_same_function_resolves_a_draft_from_its_own_directory(dense: Path, tmp_path: Path) -> None:
     draft = toy_checkpoint(tmp_path / "draft", limit=7)
     assert resolve_config(dense, REGISTRY).default is None

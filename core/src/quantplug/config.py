@@ -230,7 +230,7 @@ def _dense(
         )
     notes = tuple(code_notes(model, Merged()))
     if quantize is not None:
-        return replace(on_load_config(quantize, registry), notes=notes)
+        return replace(on_load_config(quantize, directory, registry), notes=notes)
     return replace(DENSE, notes=(*notes, *suggested_grid(directory, model, registry)))
 
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from quantplug.card import CARD, FILE, recipe_on_card, recipes_on_card
 from quantplug.config import Field, QuantConfig
 from quantplug.errors import ConfigError
 from quantplug.evidence import DENSE_SUFFIX
@@ -31,7 +32,8 @@ class OnLoad:
     The wish to quantize dense weights while they are loaded.
 
     Attributes:
-        recipe: name of the grid, one of `Registry.recipes` ("int4-g32", "fp8", "mxfp8", "q4_0").
+        recipe: name of the grid, one of `Registry.recipes` ("int4-g32", "fp8", "mxfp8", "q4_0"); or "card" for the one
+            that the metadata of the model card names.
         skip: layers to leave whole; the output head is left whole in any case.
     """
 
@@ -44,14 +46,23 @@ class OnLoad:
         return SchemeRef(recipe.scheme, tuple(sorted(recipe.params.items())))
 
 
-def on_load_config(wish: OnLoad, registry: Registry) -> QuantConfig:
-    """Return the configuration of a dense checkpoint whose linear layers are quantized as the caller wishes."""
+def on_load_config(wish: OnLoad, directory: Path, registry: Registry) -> QuantConfig:
+    """
+    Return the configuration of a dense checkpoint whose linear layers are quantized as the caller wishes.
+
+    Raises:
+        PluginError: `QP-PLUG-MISSING`, `QP-PLUG-CONFLICT` about the recipe.
+        ConfigError: `QP-CFG-OVERRIDE` when it is left to the card, and the card does not say.
+    """
+    origin = CALLER
+    if wish.recipe == CARD:
+        wish, origin = replace(wish, recipe=recipe_on_card(directory, registry.recipes)), f"{FILE}: metadata"
     heads = (Entry(name, EntryKind.SUFFIX, name, "output heads stay whole", implied=True) for name in GENERIC.heads)
     return QuantConfig(
         dialect="",
         default=wish.scheme(registry),
         rules=tuple(Rule(entry) for entry in (*wish.skip, *heads)),
-        fields=(Field("quantize", wish.recipe, CALLER),),
+        fields=(Field("quantize", wish.recipe, origin),),
         on_load=True,
     )
 
@@ -76,10 +87,12 @@ def confirm(wish: OnLoad, config: QuantConfig, registry: Registry) -> None:
 
 def suggested_grid(directory: Path, model: Mapping[str, Json], registry: Registry) -> tuple[str, ...]:
     """
-    Return a remark where the name of a dense checkpoint suggests a grid that its weights were trained for.
+    Return a remark where the card or the name of a dense checkpoint suggests a grid that its weights were trained for.
 
-    Nothing follows from a name; the caller decides.
+    Nothing follows from either; the caller decides.
     """
+    for recipe in recipes_on_card(directory, registry.recipes):
+        return (f"the model card names the grid {recipe!r}; the weights are dense and stay so unless you say quantize",)
     named = model.get("_name_or_path")
     for name in (directory.name, named if isinstance(named, str) else ""):
         for recipe in sorted(registry.recipes, key=len, reverse=True):
