@@ -7,7 +7,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
-SUBJECTS = ("discovery", "headers", "planning", "skip_matching", "loading", "cpu_linear", "decode")
+SUBJECTS = (
+    "discovery",
+    "headers",
+    "planning",
+    "skip_matching",
+    "loading",
+    "converting",
+    "cpu_linear",
+    "cpu_formats",
+    "decode",
+)
 
 
 def main(names: list[str]) -> int:

@@ -145,17 +145,17 @@ def memory_of(directory: str) -> dict[str, int]:
     """Load a checkpoint in this process and return what it took at most, and what the layers hold."""
     found = registry()
     plan = make_plan(directory, dtype="bfloat16", registry=found)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     loaded = load_layers(plan, directory, registry=found)
     largest = max(layer.problem.in_features * layer.problem.out_features for layer in plan.layers if layer.problem)
     return {
-        "peak_bytes": _status("VmHWM") - before,
+        "peak_bytes": status("VmHWM") - before,
         "final_bytes": loaded.report.prepared_bytes,
         "layer_bytes": max(layer.file_bytes for layer in plan.layers) + largest,
     }
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Return a size of this process in bytes: resident now (VmRSS), or at most so far (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
