@@ -51,6 +51,7 @@ _CODES: dict[str, str] = {
     "QP-ST-MISSING": "a tensor that a layer needs is not in the checkpoint",
     "QP-ST-EXTRA": "a checkpoint tensor is claimed by nobody",
     "QP-ST-SCALE": "a scale is NaN, infinite, or negative where the format forbids it",
+    "QP-ST-CODE": "a code of a weight is NaN or infinite",
     "QP-ST-ZEROS": "zero points contradict the declared format",
     "QP-ST-GIDX": "g_idx is out of range, leaves a group unused, or contradicts the declared format",
     "QP-ST-PADDING": "bits that the format leaves unused are set",

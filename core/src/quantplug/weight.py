@@ -33,7 +33,9 @@ class Weight:
         spec: the contract the tensors obey.
         zeros: uint8, of the shape of the scales, or None for signed codes.
         g_idx: int32 `[K]`, group of each input; None when it is the trivial `k // g`.
-        global_scale: float32 scalar that multiplies every scale, or None.
+        global_scale: scalar that multiplies every scale, or None. It is float32 where the file stores it as it is, and
+            float64 where the file stores its reciprocal: `scale * (1 / g)` then rounds to the float32 that `scale / g`
+            rounds to, and `g` itself comes back from it.
     """
 
     codes: torch.Tensor
@@ -65,11 +67,13 @@ class Weight:
                 return k // size
 
     def scale_values(self) -> torch.Tensor:
-        """Return float32 `[N or 1, G]`, the scale of each row and group, global scale included."""
+        """Return float32 `[N or 1, G]`, the scale of each row and group, times the global scale and rounded once."""
         scales = self.scales.to(torch.float32)
+        if self.global_scale is not None:
+            scales = (scales.to(torch.float64) * self.global_scale).to(torch.float32)
         if isinstance(self.spec.granularity, PerBlock):
             scales = scales.repeat_interleave(self.spec.granularity.n, 0)[: self.out_features]
-        return scales if self.global_scale is None else scales * self.global_scale
+        return scales
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """
@@ -95,7 +99,7 @@ class ActivationParams:
     Attributes:
         scale: float32 scalar that multiplies the codes of x, for static scales; else None.
         zero: uint8 scalar, where static codes have a zero point; else None.
-        global_scale: float32 scalar that multiplies every scale of x (NVFP4), or None.
+        global_scale: scalar that multiplies every scale of x (NVFP4), of the dtypes that a weight's has, or None.
     """
 
     scale: torch.Tensor | None = None
