@@ -2,8 +2,8 @@
 ModelOpt configurations: every algorithm, both places and both spellings, excludes, mixed files, and each error.
 
 The forms are those that ModelOpt's exporter writes (NVIDIA/Model-Optimizer, `modelopt/torch/export`):
-`get_quant_config` and `process_layer_quant_config` in quant_utils.py make hf_quant_config.json, `convert_hf_quant_config_format` in
-convert_hf_config.py turns that into `quantization_config`.
+`get_quant_config` and `process_layer_quant_config` in quant_utils.py make hf_quant_config.json,
+`convert_hf_quant_config_format` in convert_hf_config.py turns that into `quantization_config`.
 """
 
 from __future__ import annotations
