@@ -1,0 +1,122 @@
+"""
+The spelling `quant_method: "fp8"`: one scale per tensor or per block, with static or dynamic activations.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantplug.activations import spell_activation
+from quantplug.config import Dialect, Field, QuantConfig
+from quantplug.skip import SchemeRef
+from quantplug.spec import ActivationSpec, ElementType
+from quantplug_fp8 import cache
+from quantplug_fp8.fields import block_size, layer_rules, refuse_meaning, unknown_keys, word
+from quantplug_fp8.parameters import EITHER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quantplug.config import RawConfig
+    from quantplug.jsonio import Json
+
+_ACTIVATION_SCHEMES = {"dynamic": "dynamic", "static": "static"}
+_FORMATS = {
+    "e4m3": ElementType.FLOAT8_E4M3FN.value,
+    "e4m3fn": ElementType.FLOAT8_E4M3FN.value,
+    "e5m2": ElementType.FLOAT8_E5M2.value,
+    "e4m3fnuz": ElementType.FLOAT8_E4M3FNUZ.value,
+    "e5m2fnuz": ElementType.FLOAT8_E5M2FNUZ.value,
+}
+_SCALE_FORMATS = {"float": "float32", "ue8m0": "float8_e8m0fnu"}
+_MICROSCALED = (1, 32)
+"""Blocks of MXFP8, whose scales are bytes."""
+
+_READ = frozenset({
+    "quant_method", "activation_scheme", "weight_block_size", "fmt", "scale_fmt", "ignored_layers",
+    "modules_to_not_convert", *cache.KEYS,
+})  # fmt: skip
+_MEANING: dict[str, tuple[Json, ...]] = {
+    "bits": (8,),
+    "expert_dtype": ("fp8",),
+    "modules_to_convert": (),
+    "config_groups": (),
+    "sparsity_config": (),
+    "rotation_config": (),
+}
+"""Keys that would change what the tensors mean, with the values that do not."""
+_DEQUANTIZE = "dequantize"
+
+
+class FP8Dialect(Dialect):
+    """Reads FP8 configurations as Transformers, vLLM and SGLang do."""
+
+    name = "fp8"
+    methods = ("fp8",)
+
+    def parse(self, raw: RawConfig) -> QuantConfig:
+        """
+        Turn the fields into one scheme for all linear layers, and rules for those that stay whole.
+
+        Raises:
+            ConfigError: `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-CFG-CONTRADICTION`, `QP-SKIP-PATTERN`.
+        """
+        refuse_meaning(raw, _MEANING)
+        block = block_size(raw)
+        element = ElementType(word(raw, "fmt", _FORMATS, "e4m3"))
+        scale_format = word(raw, "scale_fmt", _SCALE_FORMATS, "float")
+        static = word(raw, "activation_scheme", _ACTIVATION_SCHEMES, "dynamic") == "static"
+        activation = spell_activation(_activation(element, block, scale_format, static=static))
+        use = _scheme(element, block, activation)
+        effective: dict[str, Json] = {
+            "activation_scheme": "static" if static else "dynamic",
+            "weight_block_size": list(block) if block else None,
+            "fmt": element.value,
+        }
+        missing = [Field(key, value, raw.origin(key)) for key, value in effective.items() if key not in raw.fields]
+        return QuantConfig(
+            self.name,
+            use,
+            layer_rules(raw),
+            (*(Field(key, value, raw.origin(key)) for key, value in raw.fields.items()), *missing),
+            tuple(_notes(raw)),
+            kv_cache=cache.kv_cache(raw),
+        )
+
+
+def _activation(
+    element: ElementType, block: tuple[int, int] | None, scale_format: str, *, static: bool
+) -> ActivationSpec:
+    """Return what the readers do with x: one stored scale, or dynamic ones per token or along the width of a block."""
+    if static:
+        return ActivationSpec(element, "tensor", dynamic=False)
+    if block is None:
+        return ActivationSpec(element, "token", dynamic=True)
+    return ActivationSpec(element, "group", dynamic=True, group_size=block[1], scale_dtype=scale_format)
+
+
+def _scheme(element: ElementType, block: tuple[int, int] | None, activation: str) -> SchemeRef:
+    if block == _MICROSCALED and element is ElementType.FLOAT8_E4M3FN and activation.endswith("e8m0fnu"):
+        return _ref("mxfp8", {"scale_name": "weight_scale_inv", "activation": activation})
+    # How the scales are called does not follow from the configuration: the engines' per-tensor files have weight_scale
+    # and input_scale, those that Transformers writes weight_scale_inv and activation_scale.
+    params: dict[str, Json] = {"element": element.value, "scale_name": EITHER, "activation": activation}
+    if block is None:
+        return _ref("fp8", {**params, "strategy": "tensor"})
+    return _ref("fp8", {**params, "strategy": "block", "block_n": block[0], "block_k": block[1]})
+
+
+def _ref(name: str, params: Mapping[str, Json]) -> SchemeRef:
+    return SchemeRef(name, tuple(sorted(params.items())))
+
+
+def _notes(raw: RawConfig) -> list[str]:
+    notes = unknown_keys(raw, _READ | _MEANING.keys() | {_DEQUANTIZE})
+    if "weight_block_size" not in raw.fields:
+        notes.append(
+            f"{raw.origin('weight_block_size')}: scales are one per tensor, as for vLLM and SGLang; Transformers would "
+            "take blocks of 128 x 128"
+        )
+    if raw.fields.get(_DEQUANTIZE):
+        notes.append(f"{raw.origin(_DEQUANTIZE)} tells another reader what to do with the weights; not used here")
+    return notes
