@@ -52,9 +52,10 @@ def round_to_nearest(dense: torch.Tensor, granularity: Granularity, bits: int, *
     n, k = _tile(granularity, *dense.shape)
     low, high = _ranges(dense, n, k)
     steps = (1 << bits) - 1
-    span = 2 * torch.maximum(-low, high) if symmetric else high - low
+    # Divided before they are added: the range of numbers near the end of float32 would be infinite.
+    step = torch.maximum(-low, high) / (steps / 2) if symmetric else high / steps - low / steps
     # The smallest normal number stands for an empty range: its codes are all 0, and 0 they mean.
-    scales = (span / steps).to(SCALE_DTYPE).clamp(min=torch.finfo(SCALE_DTYPE).tiny)
+    scales = step.to(SCALE_DTYPE).clamp(min=torch.finfo(SCALE_DTYPE).tiny)
     zeros = torch.zeros_like(low) if symmetric else (-low / scales.float()).round_().clamp_(0, steps)
     bottom = -(1 << (bits - 1)) if symmetric else 0
     codes = torch.empty(dense.shape, dtype=torch.int8 if symmetric else torch.uint8)
