@@ -11,7 +11,16 @@ from quantplug.config import Dialect, Field, QuantConfig
 from quantplug.skip import SchemeRef
 from quantplug.spec import ActivationSpec, ElementType
 from quantplug_fp8 import cache
-from quantplug_fp8.fields import block_size, layer_rules, refuse_meaning, unknown_keys, word
+from quantplug_fp8.fields import (
+    POSITIVE_LISTS,
+    agree,
+    block_size,
+    layer_rules,
+    positive_rules,
+    refuse_meaning,
+    unknown_keys,
+    word,
+)
 from quantplug_fp8.parameters import EITHER
 
 if TYPE_CHECKING:
@@ -34,10 +43,19 @@ _MICROSCALED = (1, 32)
 
 _READ = frozenset({
     "quant_method", "activation_scheme", "weight_block_size", "fmt", "scale_fmt", "ignored_layers",
-    "modules_to_not_convert", *cache.KEYS,
+    "modules_to_not_convert", "group_size", "act_dynamic", *POSITIVE_LISTS, *cache.KEYS,
 })  # fmt: skip
+_BOOKKEEPING = frozenset({
+    "sym", "act_sym", "act_group_size", "autoround_version", "provider", "backend", "iters", "nsamples", "seqlen",
+    "batch_size", "dataset", "lr", "minmax_lr", "amp", "enable_quanted_input", "enable_minmax_tuning",
+    "enable_norm_bias_tuning", "low_gpu_mem_usage", "gradient_accumulate_steps",
+})  # fmt: skip
+"""Keys of auto-round's files of this kind that say nothing more about the tensors; listed and left out of account."""
 _MEANING: dict[str, tuple[Json, ...]] = {
     "bits": (8,),
+    "act_bits": (8,),
+    "data_type": ("fp", "fp8"),
+    "act_data_type": ("fp", "fp8"),
     "expert_dtype": ("fp8",),
     "modules_to_convert": (),
     "config_groups": (),
@@ -62,22 +80,24 @@ class FP8Dialect(Dialect):
             ConfigError: `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-CFG-CONTRADICTION`, `QP-SKIP-PATTERN`.
         """
         refuse_meaning(raw, _MEANING)
-        block = block_size(raw)
         element = ElementType(word(raw, "fmt", _FORMATS, "e4m3"))
+        block = block_size(raw)
+        scheme = word(raw, "activation_scheme", _ACTIVATION_SCHEMES, "dynamic")
+        agree(raw, "act_dynamic", (scheme == "dynamic",), f"activation_scheme {scheme!r}")
         scale_format = word(raw, "scale_fmt", _SCALE_FORMATS, "float")
-        static = word(raw, "activation_scheme", _ACTIVATION_SCHEMES, "dynamic") == "static"
-        activation = spell_activation(_activation(element, block, scale_format, static=static))
-        use = _scheme(element, block, activation)
+        activation = spell_activation(_activation(element, block, scale_format, static=scheme == "static"))
+        use = _scheme(raw, element, block, activation)
+        positive = positive_rules(raw, use)
         effective: dict[str, Json] = {
-            "activation_scheme": "static" if static else "dynamic",
+            "activation_scheme": scheme,
             "weight_block_size": list(block) if block else None,
             "fmt": element.value,
         }
         missing = [Field(key, value, raw.origin(key)) for key, value in effective.items() if key not in raw.fields]
         return QuantConfig(
             self.name,
-            use,
-            layer_rules(raw),
+            None if positive else use,
+            (*layer_rules(raw), *positive),
             (*(Field(key, value, raw.origin(key)) for key, value in raw.fields.items()), *missing),
             tuple(_notes(raw)),
             kv_cache=cache.kv_cache(raw),
@@ -95,14 +115,17 @@ def _activation(
     return ActivationSpec(element, "group", dynamic=True, group_size=block[1], scale_dtype=scale_format)
 
 
-def _scheme(element: ElementType, block: tuple[int, int] | None, activation: str) -> SchemeRef:
-    if block == _MICROSCALED and element is ElementType.FLOAT8_E4M3FN and activation.endswith("e8m0fnu"):
+def _scheme(raw: RawConfig, element: ElementType, block: tuple[int, int] | None, activation: str) -> SchemeRef:
+    if block == _MICROSCALED and element is ElementType.FLOAT8_E4M3FN and activation.endswith(_SCALE_FORMATS["ue8m0"]):
         return _ref("mxfp8", {"scale_name": "weight_scale_inv", "activation": activation})
     # How the scales are called does not follow from the configuration: the engines' per-tensor files have weight_scale
     # and input_scale, those that Transformers writes weight_scale_inv and activation_scale.
     params: dict[str, Json] = {"element": element.value, "scale_name": EITHER, "activation": activation}
     if block is None:
-        return _ref("fp8", {**params, "strategy": "tensor"})
+        agree(raw, "group_size", (0, -1), "no weight_block_size")
+        by_row = raw.fields.get("group_size") == -1
+        return _ref("fp8", {**params, "strategy": "channel" if by_row else "tensor"})
+    agree(raw, "group_size", (list(block),), f"weight_block_size {list(block)}")
     return _ref("fp8", {**params, "strategy": "block", "block_n": block[0], "block_k": block[1]})
 
 
@@ -111,8 +134,8 @@ def _ref(name: str, params: Mapping[str, Json]) -> SchemeRef:
 
 
 def _notes(raw: RawConfig) -> list[str]:
-    notes = unknown_keys(raw, _READ | _MEANING.keys() | {_DEQUANTIZE})
-    if "weight_block_size" not in raw.fields:
+    notes = unknown_keys(raw, _READ | _MEANING.keys() | _BOOKKEEPING | {_DEQUANTIZE})
+    if not raw.fields.keys() & {"weight_block_size", "group_size"}:
         notes.append(
             f"{raw.origin('weight_block_size')}: scales are one per tensor, as for vLLM and SGLang; Transformers would "
             "take blocks of 128 x 128"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantplug.entries import path_entries
+from quantplug.entries import only_rules, path_entries
 from quantplug.errors import ConfigError
 from quantplug.jsonio import describe_json
 from quantplug.names import GENERIC
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
     from quantplug.config import RawConfig
     from quantplug.jsonio import Json
+    from quantplug.skip import SchemeRef
 
 _LARGEST_SIDE = 1 << 20
 _SKIP_LISTS = ("modules_to_not_convert", "ignored_layers")
+POSITIVE_LISTS = ("block_name_to_quantize", "to_quant_block_names")
+"""Keys of auto-round that name what is quantized."""
 
 
 def block_size(raw: RawConfig) -> tuple[int, int] | None:
@@ -95,6 +98,46 @@ def layer_rules(raw: RawConfig) -> tuple[Rule, ...]:
     heads = ((name, EntryKind.EXACT if name == "output" else EntryKind.SUFFIX) for name in GENERIC.heads)
     implied = (Entry(name, kind, name, raw.where, implied=True) for name, kind in heads)
     return tuple(Rule(entry) for entry in (*entries, *implied))
+
+
+def positive_rules(raw: RawConfig, use: SchemeRef) -> tuple[Rule, ...]:
+    """
+    Return the rules of lists that name the only blocks that are quantized, texts with commas or lists.
+
+    Raises:
+        ConfigError: `QP-CFG-FIELD`, `QP-SKIP-PATTERN`.
+    """
+    rules: list[Rule] = []
+    for key in POSITIVE_LISTS:
+        value = raw.fields.get(key)
+        texts = [text for text in value.split(",") if text.strip()] if isinstance(value, str) else value
+        rules += only_rules(texts, use, raw.origin(key))
+    return tuple(rules)
+
+
+def agree(raw: RawConfig, key: str, values: Sequence[Json], because: str) -> None:
+    """
+    Check that a key, if it is there, repeats what another one says.
+
+    Args:
+        raw: the configuration.
+        key: the key.
+        values: what it may be; true is not 1.
+        because: what the other key says, for the message.
+
+    Raises:
+        ConfigError: `QP-CFG-CONTRADICTION`.
+    """
+    value = raw.fields.get(key)
+    if value is None or any(type(value) is type(allowed) and value == allowed for allowed in values):
+        return
+    raise ConfigError(
+        "QP-CFG-CONTRADICTION",
+        raw.origin(key),
+        f"{key} is {describe_json(value)}, beside {because}",
+        expected=" or ".join(map(repr, values)),
+        fix="Find out which one describes the tensors, and correct or remove the other.",
+    )
 
 
 def refuse_meaning(raw: RawConfig, harmless: Mapping[str, Sequence[Json]]) -> None:
