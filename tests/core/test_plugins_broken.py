@@ -193,6 +193,15 @@ CALLS = {
         r"platform '9pu': not a platform; expected KIND",
     ),
     "returns a host that is none": (returns("[object()]", "quantplug_hosts"), r"expected an instance of Host"),
+    "returns rules of an engine that are none": (
+        returns("[object()]", "quantplug_peers"),
+        r"expected an instance of PeerReader",
+    ),
+    "returns rules of an engine without a release": (
+        "from quantplug.peers import PeerReader\n"
+        + returns("[type('P', (PeerReader,), {'name': 'x', 'version': '', 'reading': print})()]", "quantplug_peers"),
+        r"has version ''; expected the release, a text",
+    ),
     "returns name rules that are none": (
         returns("['llama']", "quantplug_architectures"),
         r"expected an instance of Architecture",

@@ -14,6 +14,7 @@ from quantplug.hooks import hookimpl
 from quantplug.host import Host
 from quantplug.kernel import LinearKernel
 from quantplug.names import Architecture
+from quantplug.peers import PeerReader
 from quantplug.plugins import build_registry
 from quantplug.scheme import LinearScheme
 
@@ -35,6 +36,10 @@ def host(name: str) -> Host:
     return concrete(Host, name=name)()
 
 
+def peer(name: str) -> PeerReader:
+    return concrete(PeerReader, name=name, version="1.0")()
+
+
 def plugin(**hooks: list[object]) -> SimpleNamespace:
     """Return a plugin whose hooks (schemes=..., kernels=...) return these lists."""
     return SimpleNamespace(
@@ -51,6 +56,7 @@ TWO = build_registry(
             kernels=[kernel("cpu.int4"), kernel("both")],
             dialects=[dialect("gptq", "gptq", "gptq-alias"), dialect("mine", "contested")],
             hosts=[host("engine")],
+            peers=[peer("other-engine")],
             architectures=[Architecture("llama", ("llama", "mistral")), Architecture("fallback")],
         ),
         "plug-b": plugin(kernels=[kernel("both")], dialects=[dialect("other", "contested")]),
@@ -65,6 +71,7 @@ def test_what_is_there_comes_with_who_brings_it():
     assert TWO.kernel("reference").plugin == "quantplug-core"
     assert TWO.dialect_for("gptq-alias").item.name == "gptq"
     assert TWO.host("engine").item is TWO.host().item
+    assert TWO.peers["other-engine"].plugin == "plug-a"
     assert TWO.architecture_for("mistral").item.name == "llama"
     assert TWO.architecture_for("never-heard-of") is None
 

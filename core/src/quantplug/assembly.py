@@ -59,6 +59,7 @@ def assemble(
     kernels_by_name = _merge("kernel", [(p.info, p.offer.kernels) for p in everyone], conflicts)
     platforms_by_kind = _merge("platform", [(p.info, p.offer.platforms) for p in everyone], conflicts)
     hosts = _merge("host", [(p.info, p.offer.hosts) for p in everyone], conflicts)
+    peers = _merge("peer", [(p.info, p.offer.peers) for p in everyone], conflicts)
     dialects = _merge("dialect", [(p.info, p.offer.dialects) for p in everyone], conflicts)
     _merge("quant_method", [(p.info, _methods(p.offer)) for p in everyone], conflicts)
     conflicts += _methods_of_conflicts(plugins, conflicts)
@@ -70,6 +71,7 @@ def assemble(
         kernels=kernels_by_name,
         platforms=platforms_by_kind,
         hosts=hosts,
+        peers=peers,
         architectures=_architectures(plugins, conflicts),
         recipes=MappingProxyType({name: r for name, r in recipes.items() if r.item.scheme in schemes}),
         conflicts=tuple(sorted(conflicts, key=lambda c: (c.kind, c.name))),

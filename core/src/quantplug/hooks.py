@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantplug.host import Host
     from quantplug.kernel import LinearKernel
     from quantplug.names import Architecture
+    from quantplug.peers import PeerReader
     from quantplug.scheme import LinearScheme
 
 API_VERSION = "1.0"
@@ -65,4 +66,10 @@ def quantplug_architectures() -> Sequence[Architecture]:
 @hookspec
 def quantplug_hosts() -> Sequence[Host]:
     """Return the frameworks through which this plugin can run a whole model."""
+    raise NotImplementedError
+
+
+@hookspec
+def quantplug_peers() -> Sequence[PeerReader]:
+    """Return the rules of other engines that this plugin knows, for `lint` to compare with."""
     raise NotImplementedError

@@ -24,6 +24,7 @@ from quantplug.host import Host
 from quantplug.isolation import Fault, isolated
 from quantplug.kernel import LinearKernel, Traits
 from quantplug.names import Architecture
+from quantplug.peers import PeerReader
 from quantplug.platform import Platform
 from quantplug.scheme import LinearScheme
 
@@ -45,6 +46,7 @@ class Offer:
     kernels: Mapping[str, LinearKernel] = field(default_factory=dict)
     platforms: Mapping[str, PlatformProvider] = field(default_factory=dict)
     hosts: Mapping[str, Host] = field(default_factory=dict)
+    peers: Mapping[str, PeerReader] = field(default_factory=dict)
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
     recipes: Mapping[str, Mapping[str, Mapping[str, Json]]] = field(default_factory=dict)
     """By scheme name: what its `recipes` returned."""
@@ -260,6 +262,13 @@ def _host(item: Any, where: str) -> str:
     return _named(item.name, where)
 
 
+def _peer(item: Any, where: str) -> str:
+    _instance(item, where, PeerReader)
+    if not isinstance(item.version, str) or not item.version:
+        raise PluginError("QP-PLUG-CALL", where, f"has version {item.version!r}", expected="the release, a text")
+    return _named(item.name, where)
+
+
 def _architecture(item: Any, where: str) -> str:
     _instance(item, where, Architecture)
     _strings(item.model_types, where, "model_types")
@@ -276,6 +285,7 @@ _CHECKS: Mapping[str, Callable[[Any, str], str]] = {
     "quantplug_kernels": _kernel,
     "quantplug_platforms": _platform,
     "quantplug_hosts": _host,
+    "quantplug_peers": _peer,
     "quantplug_architectures": _architecture,
 }
 """Every hook, with what an item of its answer must be; returns the name that the item goes by."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantplug.jsonio import Json
     from quantplug.kernel import LinearKernel
     from quantplug.names import Architecture
+    from quantplug.peers import PeerReader
     from quantplug.scheme import LinearScheme
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class Conflict:
 
     Attributes:
         kind: what the name names ("scheme", "recipe", "dialect", "quant_method", "kernel", "platform", "host",
-            "model_type", "entry point").
+            "peer", "model_type", "entry point").
         name: the name.
         plugins: the distributions that claim it, sorted; with the entry point where one distribution does so twice.
 
@@ -154,6 +155,7 @@ class Registry:
         kernels: by kernel name; the core's `reference` is always there.
         platforms: by platform kind; the core's `cpu` and `cuda` are always there.
         hosts: by host name.
+        peers: rules of other engines, by the engine's name.
         architectures: in order of distribution name; no two of them answer to one model type.
         recipes: names of grids that dense weights can be quantized to, with the scheme and parameters of each.
         disabled: installed plugins that the environment keeps out.
@@ -168,6 +170,7 @@ class Registry:
     kernels: Mapping[str, Provided[LinearKernel]]
     platforms: Mapping[str, Provided[PlatformProvider]]
     hosts: Mapping[str, Provided[Host]]
+    peers: Mapping[str, Provided[PeerReader]]
     architectures: tuple[Provided[Architecture], ...]
     recipes: Mapping[str, Provided[Recipe]]
     disabled: tuple[Disabled, ...] = ()
