@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantplug.codes import code_values
 from quantplug.kernel import Cast
-from quantplug.spec import ElementType, PerGroup, WeightSpec
+from quantplug.spec import ElementType, PerBlock, PerGroup, WeightSpec
 from quantplug_testkit import strategies
 from quantplug_testkit.bounds import gamma, linear_bound, unit_roundoff, weight_error
 from quantplug_testkit.canonical import make_weight, segment_of, to_float64
@@ -24,21 +25,29 @@ def rounded(tensor, casts, what):
     return next((tensor.to(getattr(torch, cast.dtype)).float() for cast in casts if cast.what == what), tensor)
 
 
-def honest_product(x, weight, bias, casts):
-    """A float32 kernel that performs exactly the casts it is told to."""
-    index = weight.group_index()
-    scale = weight.scales.float()
-    held = rounded(scale, casts, "scales")[:, index]
+def honest_product(x, weight, bias, casts, *, before=True):
+    """A float32 kernel that performs exactly the casts it is told to, scales before or after their global scale."""
+    scale = spread(weight.scales.float(), weight)
+    factor = 1 if weight.global_scale is None else weight.global_scale
+    held = rounded(scale, casts, "scales") * factor if before else rounded(scale * factor, casts, "scales")
+    codes = code_values(weight.codes, weight.spec.element)
     if weight.zeros is None:
-        values = weight.codes.float() * held
+        values = codes * held
     elif any(cast.what == "zeros" for cast in casts):
         middle = 1 << (weight.spec.element.bits - 1)
-        offset = rounded((middle - weight.zeros.float()) * scale, casts, "zeros")
-        values = (weight.codes.float() - middle) * held + offset[:, index]
+        offset = rounded((middle - spread(weight.zeros.float(), weight)) * (scale * factor), casts, "zeros")
+        values = (codes - middle) * held + offset
     else:
-        values = (weight.codes.float() - weight.zeros.float()[:, index]) * held
+        values = (codes - spread(weight.zeros.float(), weight)) * held
     y = rounded(x.float() @ rounded(values, casts, "weights").t(), casts, "partials")
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def spread(shared, weight):
+    """Scales or zero points for each element, or for all elements of a column."""
+    if isinstance(weight.spec.granularity, PerBlock):
+        shared = shared.repeat_interleave(weight.spec.granularity.n, 0)[: weight.out_features]
+    return shared[:, weight.group_index()]
 
 
 def held_against(x, weight, bias, casts, y):
@@ -63,7 +72,8 @@ def test_a_kernel_that_keeps_its_word_stays_within(data, weight, dtype, with_bia
     """Any format, any values, any casts: what is declared is enough."""
     x = data.draw(strategies.inputs((3, weight.in_features), dtype))
     bias = data.draw(strategies.inputs((weight.out_features,), dtype)) if with_bias else None
-    held_against(x, weight, bias, casts, honest_product(x, weight, bias, casts))
+    y = honest_product(x, weight, bias, casts, before=data.draw(st.booleans()))
+    held_against(x, weight, bias, casts, y)
 
 
 def sample(bits=4, scale_dtype="float16"):

@@ -68,12 +68,17 @@ class Weight:
 
     def scale_values(self) -> torch.Tensor:
         """Return float32 `[N or 1, G]`, the scale of each row and group, times the global scale and rounded once."""
-        scales = self.scales.to(torch.float32)
+        scales = self._for_rows(self.scales)
         if self.global_scale is not None:
             scales = (scales.to(torch.float64) * self.global_scale).to(torch.float32)
-        if isinstance(self.spec.granularity, PerBlock):
-            scales = scales.repeat_interleave(self.spec.granularity.n, 0)[: self.out_features]
         return scales
+
+    def _for_rows(self, shared: torch.Tensor) -> torch.Tensor:
+        """Return scales or zero points as float32 `[N or 1, G]`: those of a block once for each of its rows."""
+        values = shared.to(torch.float32)
+        if isinstance(self.spec.granularity, PerBlock):
+            return values.repeat_interleave(self.spec.granularity.n, 0)[: self.out_features]
+        return values
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """
@@ -86,7 +91,7 @@ class Weight:
         index = self.group_index()
         values = code_values(self.codes, self.spec.element)
         if self.zeros is not None:
-            values -= self.zeros.to(torch.float32)[:, index]
+            values -= self._for_rows(self.zeros)[:, index]
         values *= self.scale_values()[:, index]
         return values.to(dtype)
 

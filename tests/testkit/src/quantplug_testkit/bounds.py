@@ -8,27 +8,30 @@ Notation: `u(t)` is the unit roundoff of a dtype t, `2^-p` for p significant bit
 bfloat16 `2^-8`), `h(t)` half its smallest subnormal, and `gamma(n) = n u / (1 - n u)` with `u = u(float32)`, the most
 that n roundings in a row can add up to (Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1).
 
-1. What each weight may be off by, `e [N, K]`, from the casts that the kernel declares (none: 0). `code`, `zero`,
-   `scale` are those of the element and `mid = 2^(bits-1)`, or 0 for signed codes:
+1. What each weight may be off by, `e [N, K]`, from the casts that the kernel declares (none: 0). `code` is what the
+   element's code stands for, an integer or the value of a floating-point code; `zero` and `scale` are those of the
+   element, `scale` with the global scale; and `mid = 2^(bits-1)`, or 0 for signed codes:
 
    - "scales" to t: the stored scale is known, so its rounding error `r = |round(scale) - scale|` is, too:
-     `|code - zero| r`. With "zeros" as well the parts are scaled apart, and the zero's may use the rounded scale or
-     not: `max(|code - zero|, |code - mid|) r`.
+     `|code - zero| r`. Where there is a global scale, the kernel may round before or after it multiplies: r is the
+     larger of both. With "zeros" as well the parts are scaled apart, and the zero's may use the rounded scale or not:
+     `max(|code - zero|, |code - mid|) r`.
    - "zeros" to t: the value is computed as `(code - mid) * scale + round((mid - zero) * scale)`:
      `u(t) |mid - zero| (|scale| + r) + h(t)`, and nothing where `zero = mid`.
    - "weights" to t: the value is rounded, after the above: `u(t) (|value| + e) + h(t)`.
 
-2. Accumulation in float32. Each element takes at most two roundings to dequantize (subtracting integers is exact), one
-   for the product with x, `K - 1` to add up in whatever order, and one to add the bias:
-   `A = gamma(K + 3) (|x| (S + e)^T + |b|)`. Here `S` is the sum of the magnitudes a value is computed from: `|value|`,
-   or `(|code - mid| + |mid - zero|) |scale|` when the kernel declares the cast "zeros".
+2. Accumulation in float32. Each element takes at most two roundings to dequantize (subtracting integers is exact), two
+   more where there is a global scale (which may be stored in more bits, and multiplies), one for the product with x,
+   `K - 1` to add up in whatever order, and one to add the bias: `A = gamma(n) (|x| (S + e)^T + |b|)` with `n = K + 3`,
+   or `K + 5`. Here `S` is the sum of the magnitudes a value is computed from: `|value|`, or
+   `(|code - mid| + |mid - zero|) |scale|` when the kernel declares the cast "zeros".
 
 3. So the sum before it is stored is off by `E = |x| e^T + A + F`. F covers results below float32's normal range, which
    processors may flush to zero: `2^-126` per operation.
 
 4. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
-   dtype t adds `u(t) (|y| + E) + h(t)`. Where `|y|` plus all this passes the largest finite value, the result may be
-   infinite, and the bound is.
+   dtype t adds `u(t) (|y| + E) + h(t)`. Where the magnitude plus all this passes the largest finite value of t, the
+   result may be infinite, and the bound is.
 
 The oracle's own float64 product is off by at most `gamma` with `u = 2^-53`; it is added, and never shows.
 """
@@ -64,6 +67,11 @@ def gamma(roundings: int, roundoff: float) -> float:
     return roundings * roundoff / (1 - roundings * roundoff)
 
 
+def dequantize_roundings(segment: Segment) -> int:
+    """Return how many roundings in float32 a value may take, see 2."""
+    return 2 if segment.global_scale == 1 else 4
+
+
 def weight_error(segment: Segment, casts: Sequence[Cast]) -> Floats:
     """
     Return how far each value a kernel multiplies with may be off because of its casts, `[N, K]`.
@@ -74,9 +82,11 @@ def weight_error(segment: Segment, casts: Sequence[Cast]) -> Floats:
     to = _by_name(casts)
     scale = np.abs(segment.scale())
     residual = np.zeros_like(scale)
-    codes = np.abs(segment.codes - segment.zero()).astype(np.float64)
+    codes = np.abs(segment.codes - segment.zero())
     if "scales" in to:
-        residual = np.abs(round_to(scale, to["scales"]) - scale)
+        stored, factor = np.abs(segment.stored_scale()), abs(segment.global_scale)
+        before = np.abs(round_to(stored, to["scales"]) - stored) * factor
+        residual = np.maximum(before, np.abs(round_to(scale, to["scales"]) - scale))
         if "zeros" in to:
             codes = np.maximum(codes, np.abs(segment.codes - _middle(segment)))
     error: Floats = codes * residual
@@ -115,22 +125,22 @@ def linear_bound(
     added = np.zeros(values.shape[0]) if bias is None else np.abs(bias)
 
     total = abs_linear(x, summed + off) + added
-    roundings = in_features + 3
+    roundings = in_features + 1 + max(dequantize_roundings(segment) for segment in segments)
     accumulated = (gamma(roundings, unit_roundoff("float32")) + gamma(roundings, 2.0**-53)) * total
     flushed = _SMALLEST_NORMAL * (np.abs(x).sum(axis=1, keepdims=True) + roundings)
     error = abs_linear(x, off) + accumulated + flushed
 
     product = linear(x, values)
     if "partials" in to:
-        error = error + stored_error(np.abs(product), error, to["partials"])
-    exact = np.abs(linear(x, values, bias))
-    error = error + stored_error(exact, error, dtype)
-    return np.where(exact + error > LARGEST[dtype], np.inf, error)
+        error = stored_error(product, error, to["partials"])
+    return stored_error(linear(x, values, bias), error, dtype)
 
 
-def stored_error(magnitude: Floats, error: Floats, dtype: str) -> Floats:
-    """What one rounding of a number that is itself off by `error` adds."""
-    return unit_roundoff(dtype) * (magnitude + error) + SMALLEST_SUBNORMAL[dtype] / 2
+def stored_error(exact: Floats, error: Floats, dtype: str) -> Floats:
+    """Return how far off numbers are once they are stored in a dtype, of numbers that are off by `error` before."""
+    magnitude = np.abs(exact)
+    total = error + unit_roundoff(dtype) * (magnitude + error) + SMALLEST_SUBNORMAL[dtype] / 2
+    return np.where(magnitude + total > LARGEST[dtype], np.inf, total)
 
 
 def _magnitude(segment: Segment, *, apart: bool) -> Floats:

@@ -18,6 +18,7 @@ from quantplug.spec import (
     ElementType,
     Granularity,
     LinearProblem,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from quantplug.weight import Weight
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+SCALE_DTYPES = (*DTYPES, "float8_e8m0fnu", "float8_e4m3fn")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,10 +63,16 @@ def element_types(
     return st.sampled_from([ElementType.integer(width, signed=kind) for width in bits for kind in kinds])
 
 
+def float_types() -> st.SearchStrategy[ElementType]:
+    """Floating-point types of codes."""
+    return st.sampled_from([element for element in ElementType if element.floating])
+
+
 def granularities(in_features: int) -> st.SearchStrategy[Granularity]:
-    """One scale for all, for a row, or for groups: of any size, dividing K or not, as long as K and longer."""
-    groups = st.integers(1, in_features + 8) | st.sampled_from((16, 32, 64, 128, in_features))
-    return st.just(PerTensor()) | st.just(PerChannel()) | groups.map(PerGroup)
+    """One scale for all, for a row, for groups or for blocks, of any size: dividing N and K or not, and beyond them."""
+    inputs = st.integers(1, in_features + 8) | st.sampled_from((16, 32, 64, 128, in_features))
+    blocks = st.builds(PerBlock, st.integers(1, 40) | st.just(128), inputs)
+    return st.just(PerTensor()) | st.just(PerChannel()) | inputs.map(PerGroup) | blocks
 
 
 @st.composite
@@ -72,15 +81,16 @@ def weight_specs(
     in_features: int,
     *,
     elements: st.SearchStrategy[ElementType] | None = None,
-    scale_dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32"),
+    scale_dtypes: tuple[str, ...] = SCALE_DTYPES,
 ) -> WeightSpec:
     """Numeric contracts of a weight with K inputs; act-order only where there are groups to order."""
     granularity = draw(granularities(in_features))
     return WeightSpec(
-        element=draw(elements or element_types()),
+        element=draw(element_types() | float_types() if elements is None else elements),
         granularity=granularity,
         scale_dtype=draw(st.sampled_from(scale_dtypes)),
         act_order=isinstance(granularity, PerGroup) and draw(st.booleans()),
+        global_scale=draw(st.booleans()),
     )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantplug_testkit.bounds import gamma, stored_error, unit_roundoff, weight_error
-from quantplug_testkit.canonical import transposed_weight
+from quantplug_testkit.bounds import dequantize_roundings, gamma, stored_error, unit_roundoff, weight_error
+from quantplug_testkit.canonical import transposed_weight, weight_tensors
 from quantplug_testkit.compare import assert_bitwise_equal, assert_within
 from quantplug_testkit.conformance.case import (
     Subject,
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from quantplug.weight import Prepared, Weight
     from quantplug_testkit.conformance.problems import Hazard
-
-_TENSORS = ("codes", "scales", "zeros", "g_idx")
 
 
 class PrepareTests(Subject):
@@ -86,7 +84,7 @@ class PrepareTests(Subject):
         )
 
     def test_memory_is_as_declared(self, family: Hazard) -> None:
-        """What is held is no more than codes at their width, scales, zeros, g_idx and the declared extra bytes."""
+        """What is held is no more than codes at their width, the other tensors and the declared extra bytes."""
         case = self.case(family)
         extra = case.extra_bytes
         held = case.prepared.nbytes
@@ -119,9 +117,10 @@ class PrepareTests(Subject):
                 pytest.skip(f"{self.kernel.name} does not dequantize")
             assert values.dtype == getattr(torch, dtype), f"values are {values.dtype}, not {dtype}"
             off = np.concatenate([weight_error(segment, case.casts) for segment in oracle_segments(family)])
-            if off.any():
-                off += gamma(2, unit_roundoff("float32")) * (np.abs(exact) + off)
-                assert_within(values, exact, off + stored_error(np.abs(exact), off, dtype), f"values [{family.name}]")
+            if off.any() or any(segment.weight.global_scale for segment in family.problem.segments):
+                roundings = max(dequantize_roundings(segment) for segment in oracle_segments(family))
+                off += gamma(roundings, unit_roundoff("float32")) * (np.abs(exact) + off)
+                assert_within(values, exact, stored_error(exact, off, dtype), f"values [{family.name}]")
             else:
                 rounded = round_to(round_to(exact, "float32"), dtype)
                 assert_within(values, rounded, np.zeros_like(rounded), f"values [{family.name}]")
@@ -142,13 +141,11 @@ class PrepareTests(Subject):
 
 
 def _tensors(weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
-    found = {}
-    for number, weight in enumerate(weights):
-        for name in _TENSORS:
-            tensor = getattr(weight, name)
-            if tensor is not None:
-                found[f"segment {number} {name}"] = tensor
-    return found
+    return {
+        f"segment {number} {name}": tensor
+        for number, weight in enumerate(weights)
+        for name, tensor in weight_tensors(weight).items()
+    }
 
 
 def _assert_equal(actual: Prepared, expected: Prepared, what: str) -> None:
@@ -163,5 +160,5 @@ def _assert_equal(actual: Prepared, expected: Prepared, what: str) -> None:
 
 def _bytes(weight: Weight) -> int:
     codes = -(-weight.codes.numel() * weight.spec.element.bits // 8)
-    others = [tensor for tensor in (weight.scales, weight.zeros, weight.g_idx) if tensor is not None]
+    others = [tensor for name, tensor in weight_tensors(weight).items() if name != "codes"]
     return codes + sum(tensor.numel() * tensor.element_size() for tensor in others)

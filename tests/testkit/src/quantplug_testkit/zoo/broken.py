@@ -4,12 +4,12 @@ What all kernels of the zoo share.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from quantplug.reference import ReferenceKernel
+from quantplug_testkit.canonical import copy_weight
 
 if TYPE_CHECKING:
     from quantplug.weight import Prepared, Weight
@@ -44,15 +44,4 @@ class Misread(Broken):
 
     def dequantize(self, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
         """Return the values of the misread segments."""
-        return torch.cat([self.misread(cloned(weight)).dequantize(dtype) for weight in self.unprepare(prepared)])
-
-
-def cloned(weight: Weight) -> Weight:
-    """Return a weight on memory of its own."""
-    return replace(
-        weight,
-        codes=weight.codes.clone(),
-        scales=weight.scales.clone(),
-        zeros=None if weight.zeros is None else weight.zeros.clone(),
-        g_idx=None if weight.g_idx is None else weight.g_idx.clone(),
-    )
+        return torch.cat([self.misread(copy_weight(weight)).dequantize(dtype) for weight in self.unprepare(prepared)])
