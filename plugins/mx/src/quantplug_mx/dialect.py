@@ -1,0 +1,144 @@
+"""
+Configurations whose `quant_method` is `mxfp8` or `mxfp4`; other methods that use these formats have their own dialects.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantplug.config import Dialect, Field, QuantConfig
+from quantplug.entries import path_entries
+from quantplug.errors import ConfigError
+from quantplug.jsonio import describe_json, get_str
+from quantplug.skip import Entry, EntryKind, Rule, SchemeRef
+from quantplug_mx.mxfp4 import MXFP4Scheme
+from quantplug_mx.mxfp8 import MXFP8Scheme
+from quantplug_mx.parameters import EITHER
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from quantplug.config import RawConfig
+    from quantplug.jsonio import Json
+
+_SKIPS = ("modules_to_not_convert", "ignored_layers")
+"""Lists of layers that stay whole; writers use one or the other."""
+_ACTIVATION = "float8_e4m3fn/group32/dynamic/float8_e8m0fnu"
+_BLOCK: list[Json] = [1, MXFP8Scheme.group]
+_LOADERS = frozenset({"quant_method", "dequantize", "packed_modules_mapping", *_SKIPS})
+"""Keys that both read, or that say what one loader is to do, not what is stored."""
+_MEANING = ("modules_to_convert", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups", "rotation_config")
+"""Keys that would change what is stored, unless they say nothing."""
+# Layers may have an `output` of their own, so only the model's counts.
+_HEADS = (("lm_head", EntryKind.SUFFIX), ("embed_out", EntryKind.SUFFIX), ("output", EntryKind.EXACT))
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+class MXFP8Dialect(Dialect):
+    """Reads MXFP8 configurations: the fields of block-wise FP8, with blocks of one row and 32 inputs."""
+
+    name = "mxfp8"
+    methods = ("mxfp8",)
+
+    def parse(self, raw: RawConfig) -> QuantConfig:
+        """
+        Check the fields against the one thing they can say, and turn the lists into rules.
+
+        Raises:
+            ConfigError: `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-CFG-REFUSED`, `QP-SKIP-PATTERN`.
+        """
+        get_str(raw.fields, "fmt", raw.origin("fmt"), default="e4m3", choices=("e4m3",))
+        get_str(raw.fields, "scale_fmt", raw.origin("scale_fmt"), default="ue8m0", choices=("ue8m0",))
+        get_str(raw.fields, "activation_scheme", raw.origin("activation_scheme"), default="dynamic",
+                choices=("dynamic",))  # fmt: skip
+        block = raw.fields.get("weight_block_size")
+        if block is not None and block != _BLOCK:
+            raise ConfigError(
+                "QP-CFG-FIELD",
+                raw.origin("weight_block_size"),
+                f"is {block if isinstance(block, list) else describe_json(block)}",
+                expected=f"{_BLOCK}: one row and {MXFP8Scheme.group} inputs share a scale in MXFP8",
+                fix="A file of 128 x 128 blocks is of quant_method 'fp8'.",
+            )
+        experts = raw.fields.get("expert_dtype")
+        if experts not in (None, "fp8"):
+            raise ConfigError(
+                "QP-CFG-REFUSED",
+                raw.origin("expert_dtype"),
+                f"stores experts as {describe_json(experts)}",
+                expected="'fp8': experts in another format than the rest are not read",
+            )
+        known = {"fmt", "scale_fmt", "activation_scheme", "weight_block_size", "expert_dtype"}
+        return _config(self, raw, MXFP8Scheme.name, {"activation": _ACTIVATION, "scale_name": EITHER}, known)
+
+
+class MXFP4Dialect(Dialect):
+    """
+    Reads MXFP4 configurations of models without experts.
+
+    Who writes this method quantizes experts and nothing else, in tensors that hold all experts of a layer; those are
+    refused here, in words. In a model without experts, the tensors say which linear layers are quantized.
+    """
+
+    name = "mxfp4"
+    methods = ("mxfp4",)
+
+    def parse(self, raw: RawConfig) -> QuantConfig:
+        """
+        Turn the lists into rules.
+
+        Raises:
+            ConfigError: `QP-CFG-REFUSED` for a model with experts; `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-SKIP-PATTERN`.
+        """
+        counted = _experts(raw.model)
+        if counted:
+            raise ConfigError(
+                "QP-CFG-REFUSED",
+                raw.origin("quant_method"),
+                f"is mxfp4 for a model with experts ({counted}), whose weights are then stored as `*_blocks` and "
+                "`*_scales` of all experts together; experts in that form are not read yet",
+                expected="a model without experts, or dense weights",
+                fix="Use a copy in bfloat16: Transformers writes one when the model is loaded with "
+                "Mxfp4Config(dequantize=True) and saved.",
+            )
+        return _config(self, raw, MXFP4Scheme.name, {"scale_name": EITHER}, frozenset())
+
+
+def _config(
+    dialect: Dialect, raw: RawConfig, scheme: str, params: Mapping[str, Json], known: Collection[str]
+) -> QuantConfig:
+    """Return one scheme for every linear layer but those that the lists name, and output heads."""
+    for key in _MEANING:
+        if raw.fields.get(key):
+            raise ConfigError(
+                "QP-CFG-UNKNOWN",
+                raw.origin(key),
+                f"is {describe_json(raw.fields[key])}, which changes what is stored in a way that is not read",
+                expected="none",
+                fix="Use a copy of the model without it, or convert the dense model (quantplug convert).",
+            )
+    skipped = [Rule(entry) for key in _SKIPS for entry in path_entries(raw.fields.get(key), raw.origin(key))]
+    origin = f"{dialect.name}: output heads stay whole"
+    heads = [Rule(Entry(name, kind, name, origin, implied=True)) for name, kind in _HEADS]
+    return QuantConfig(
+        dialect.name,
+        SchemeRef(scheme, tuple(sorted(params.items()))),
+        (*skipped, *heads),
+        tuple(Field(key, value, raw.origin(key)) for key, value in raw.fields.items()),
+        tuple(
+            f"{raw.origin(key)} is not known to this reader and left out of account"
+            for key in raw.fields
+            if key not in known and key not in _LOADERS and key not in _MEANING
+        ),
+    )
+
+
+def _experts(model: Mapping[str, Json]) -> str:
+    """Return what says in config.json that a model has experts, or ""."""
+    for place, config in (("", model), ("text_config.", model.get("text_config"))):
+        if isinstance(config, dict):
+            for key in _EXPERT_COUNTS:
+                count = config.get(key)
+                if isinstance(count, int) and count > 1:
+                    return f"{place}{key} is {count}"
+    return ""
