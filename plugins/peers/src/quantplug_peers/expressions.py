@@ -1,0 +1,62 @@
+"""
+Expressions out of files that nobody trusts, applied as another engine applies them, but only if that surely ends.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from quantplug.errors import ConfigError
+from quantplug.patterns import MAX_PATTERN, vet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from quantplug.skip import RegexMode
+
+
+class UnsureError(Exception):
+    """An expression may not run here, so that nobody knows what the engine makes of it."""
+
+
+class MalformedError(Exception):
+    """An expression that Python refuses, and so does the engine."""
+
+
+def expression(pattern: str, mode: RegexMode) -> Callable[[str], bool]:
+    """
+    Return whether an expression matches a name, in the engine's mode.
+
+    Raises:
+        MalformedError: when Python does not compile it.
+        UnsureError: when its time is not bounded, or it is too long to tell.
+    """
+    check(pattern, mode)
+    regex = re.compile(pattern)
+    apply = {"match": regex.match, "fullmatch": regex.fullmatch, "search": regex.search}[mode]
+    return lambda name: apply(name) is not None
+
+
+def check(pattern: str, mode: RegexMode) -> None:
+    """Raise what `expression` raises."""
+    if len(pattern) > MAX_PATTERN:
+        raise UnsureError(pattern)
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise MalformedError(pattern) from error
+    try:
+        vet(pattern, "", mode)
+    except ConfigError as error:
+        raise UnsureError(pattern) from error
+
+
+def any_expression(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    """Return one expression for several that `check` let through, None for none; raises `UnsureError`."""
+    if not patterns:
+        return None
+    try:
+        return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    except (re.error, OverflowError, RecursionError) as error:  # groups of one name, each fine on its own
+        raise UnsureError(patterns[0]) from error
