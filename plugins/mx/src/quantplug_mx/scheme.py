@@ -137,8 +137,9 @@ class GroupedScheme(LinearScheme):
 
         if self.activation is None or self.activation.dynamic:
             return None
-        check_single(tensors[INPUT_SCALE], f"{where}.{INPUT_SCALE}")
-        return ActivationParams(scale=tensors[INPUT_SCALE].reshape(()))
+        scale = tensors[INPUT_SCALE].reshape(())
+        check_single(scale, f"{where}.{INPUT_SCALE}")
+        return ActivationParams(scale=scale)
 
     def encode(self, weight: Weight, activation: ActivationParams | None = None) -> dict[str, torch.Tensor]:
         """
