@@ -123,7 +123,7 @@ class LayerPlanner:
                 "QP-SKIP-AMBIGUOUS",
                 name,
                 "stores both a dense weight and "
-                + ", ".join(sorted(scheme.suffixes & self._stored.tensors(name).keys())),
+                + ", ".join(sorted((scheme.suffixes - {DENSE_SUFFIX}) & self._stored.tensors(name).keys())),
                 expected="one of the two",
                 fix="The file was written wrongly; ask its maker, or delete one of the two.",
             )
