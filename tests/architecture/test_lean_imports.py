@@ -13,7 +13,7 @@ from sources import projects
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
 
-NEEDS_TORCH = {"codes", "convert", "load", "modules", "reader", "weight", "workers", "writer"}
+NEEDS_TORCH = {"codes", "convert", "lintscales", "load", "modules", "reader", "weight", "workers", "writer"}
 """Modules of the core that handle tensors; all others, planning included, work on a machine without torch."""
 
 BLOCK = """

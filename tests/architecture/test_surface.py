@@ -22,6 +22,7 @@ SURFACE = {
     "convert",
     "detect",
     "hookimpl",
+    "lint",
     "load",
     "load_layers",
     "plan",
@@ -54,13 +55,16 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = quantplug.lod
 
 
-@pytest.mark.parametrize("early", ["", "import quantplug.detect, quantplug.registry, quantplug.plan, quantplug.load"])
+EARLY = "import quantplug.detect, quantplug.registry, quantplug.plan, quantplug.load, quantplug.lint"
+
+
+@pytest.mark.parametrize("early", ["", EARLY])
 def test_a_function_is_not_replaced_by_the_submodule_of_its_name(early):
     """Whichever is asked for first, `quantplug.load` is the function and `quantplug.load` imports as a module."""
     code = f"""
 import quantplug
 {early}
-names = ["detect", "registry", "plan", "load", "convert"]
+names = ["detect", "registry", "plan", "load", "convert", "lint"]
 first = [getattr(quantplug, name) for name in names]
 from quantplug.detect import survey
 from quantplug.plan import Plan
@@ -71,4 +75,4 @@ assert first == [getattr(quantplug, name) for name in names]
 print(*[type(thing).__name__ for thing in first])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.stdout.split() == ["function"] * 5, done.stderr
+    assert done.stdout.split() == ["function"] * 6, done.stderr

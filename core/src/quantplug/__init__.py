@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantplug.detect import detect as detect
     from quantplug.errors import QuantplugError as QuantplugError
     from quantplug.hooks import hookimpl as hookimpl
+    from quantplug.lint import lint as lint
     from quantplug.load import load_layers as load_layers
     from quantplug.plan import Plan as Plan
     from quantplug.planner import plan as plan
@@ -34,6 +35,7 @@ _HOMES = {
     "convert": "convert",
     "detect": "detect",
     "hookimpl": "hooks",
+    "lint": "lint",
     "load": "api",
     "load_layers": "load",
     "plan": "planner",
@@ -51,6 +53,7 @@ __all__ = [
     "convert",
     "detect",
     "hookimpl",
+    "lint",
     "load",
     "load_layers",
     "plan",
@@ -61,7 +64,7 @@ __all__ = [
 
 class _Package(ModuleType):
     """
-    The package, in which `load`, `plan`, `detect`, `convert` and `registry` are functions, always.
+    The package, in which `load`, `plan`, `detect`, `convert`, `lint` and `registry` are functions, always.
 
     They share their names with submodules, which the import system would put in their place as soon as one is
     imported. The submodules themselves are reached as `from quantplug.plan import Plan`.

@@ -82,6 +82,16 @@ _CODES: dict[str, str] = {
     "QP-CONV-VALUE": "a dense weight is NaN or infinite and cannot be quantized",
     "QP-CONV-SPEC": "a weight does not obey the contract of the scheme that is to write it",
     "QP-CONV-CALIBRATION": "the calibration text is missing, too short or the model cannot be run",
+    # what lint reports, and never raises
+    "QP-LINT-UNUSED": "an entry of the configuration matches no module",
+    "QP-LINT-READING": "an entry is read otherwise, or matches more, than its text suggests",
+    "QP-LINT-SHARDS": "shards that engines run as one layer are stored in different ways",
+    "QP-LINT-ZERO": "stored scales are 0, so that what they scale is 0, too",
+    "QP-LINT-TINY": "stored scales are subnormal, so that they lost precision and some processors take them for 0",
+    "QP-LINT-HUGE": "stored scales are so large that dequantized weights may overflow",
+    "QP-LINT-CODE": "stored codes are NaN or infinite",
+    "QP-LINT-PEER": "another engine would decide otherwise about a layer than its stored tensors say",
+    "QP-LINT-NOTE": "something that reading the checkpoint brought up",
     # hosts
     "QP-HOST-VERSION": "a framework is missing or older than the adapter needs",
     "QP-HOST-INPUT": "a request to a framework or to a running model is malformed",

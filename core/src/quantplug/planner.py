@@ -91,7 +91,7 @@ def plan(
         matcher=matcher,
         stored=stored,
         platform=platform,
-        dtype=_activation_dtype(dtype, model_config),
+        dtype=activation_dtype(dtype, model_config),
         policy=Policy.from_environment() if policy is None else policy,
         registry=registry,
         probes=probes,
@@ -125,7 +125,8 @@ def probe_kernels(registry: Registry, platform: Platform) -> dict[str, Rejected 
     return {name: probe_kernel(provided.item, platform) for name, provided in registry.kernels.items()}
 
 
-def _activation_dtype(wish: str | None, model_config: Mapping[str, Json]) -> str:
+def activation_dtype(wish: str | None, model_config: Mapping[str, Json]) -> str:
+    """Return the activation dtype: the caller's wish, else what config.json names; raises `QP-PLAN-POLICY`."""
     named = wish or model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16"
     if named not in DTYPES:
         raise PlanError(
