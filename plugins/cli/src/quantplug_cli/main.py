@@ -6,7 +6,7 @@ The `quantplug` command and its exit codes.
 | 0 | done |
 | 1 | a defect in quantplug or a plugin; the traceback is shown |
 | 2 | the command line is wrong |
-| 3 | a configuration or a skip rule is wrong (`QP-CFG-…`, `QP-SKIP-…`) |
+| 3 | a configuration or a skip rule is wrong (`QP-CFG-…`, `QP-SKIP-…`), or `lint` found an error |
 | 4 | a checkpoint file or tensor is wrong (`QP-ST-…`) |
 | 5 | no plan satisfies what was asked (`QP-PLAN-…`) |
 | 6 | loading or running failed (`QP-LOAD-…`, `QP-RUN-…`) |
@@ -24,7 +24,7 @@ import sys
 import typer
 
 from quantplug import errors
-from quantplug_cli.commands import convert, plan, plugins, run, why
+from quantplug_cli.commands import convert, lint, plan, plugins, run, why
 
 _EXIT_CODES: dict[type[errors.QuantplugError], int] = {
     errors.ConfigError: 3,
@@ -47,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (plugins.plugins, plan.plan, why.why, convert.convert, run.run):
+for command in (plugins.plugins, plan.plan, why.why, lint.lint, convert.convert, run.run):
     app.command()(command)
 
 

@@ -75,6 +75,7 @@ def _provided(registry: Registry) -> dict[str, dict[str, list[str]]]:
         "kernels": registry.kernels,
         "platforms": registry.platforms,
         "hosts": registry.hosts,
+        "peers": registry.peers,
     }
     for kind, mapping in mappings.items():
         for name, provided in sorted(mapping.items()):
