@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := core plugins/gptq plugins/auto-round plugins/fp8 plugins/mx plugins/awq plugins/int8 plugins/compressed-tensors \
-	plugins/modelopt plugins/quark plugins/cpu plugins/transformers plugins/peers plugins/cli tests/testkit
+	plugins/modelopt plugins/quark plugins/cpu plugins/transformers plugins/peers plugins/cli \
+	plugins-gpu/triton tests/testkit
 TOOLS := pytest hypothesis ml_dtypes import-linter ruff mypy matplotlib accelerate gguf
 
 .PHONY: demo test lint unit slow bench setup clean

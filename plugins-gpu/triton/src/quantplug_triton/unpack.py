@@ -1,0 +1,92 @@
+"""
+The way back from what the kernel reads, by ordinary torch operators.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantplug.spec import ElementType, PerTensor
+from quantplug.weight import Weight
+from quantplug_triton.fit import field_bits
+
+if TYPE_CHECKING:
+    from quantplug.weight import Prepared
+
+
+def unprepare(prepared: Prepared) -> tuple[Weight, ...]:
+    """Return the canonical segments bit by bit: codes are held as they are, scales without rounding."""
+    segments = list(prepared.problem.segments)
+    weights: list[Weight] = []
+    for number in range(prepared.meta["parts"]):
+        rows, spec = prepared.meta[f"rows.{number}"], segments[len(weights)].weight
+        tensors = {name: prepared.tensors.get(f"{name}.{number}") for name in ("scales", "zeros", "columns", "factor")}
+        codes = _codes(prepared, number)
+        held, stored = _present(tensors["scales"]).t(), getattr(torch, spec.scale_dtype)
+        scales = held.view(stored) if held.dtype == torch.uint8 else held.to(stored)
+        zeros, columns, factor = tensors["zeros"], tensors["columns"], tensors["factor"]
+        row = 0
+        while row < rows:
+            size = segments[len(weights)].out_features
+            shared = slice(row, row + size)
+            if prepared.meta[f"rows_per_scale.{number}"] > 1 or size == rows:
+                shared = slice(None)
+            elif isinstance(spec.granularity, PerTensor):
+                shared = slice(row, row + 1)
+            weights.append(
+                Weight(
+                    codes[row : row + size],
+                    scales[shared],
+                    spec,
+                    None if zeros is None else zeros.t()[shared],
+                    _g_idx(prepared, number, columns) if spec.act_order else None,
+                    None if factor is None else factor.reshape(()),
+                )
+            )
+            row += size
+    return tuple(weights)
+
+
+def _present(tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise TypeError("a prepared weight without scales")
+    return tensor
+
+
+def _codes(prepared: Prepared, number: int) -> torch.Tensor:
+    """Return the codes `[N, K]` of a part, in the order of its inputs and in their own dtype."""
+    held = prepared.tensors[f"codes.{number}"]
+    spec = prepared.problem.segments[0].weight
+    bits, chunk = field_bits(spec.element), prepared.meta[f"chunk.{number}"]
+    packed = held.transpose(0, 1).reshape(-1, chunk, held.shape[0] * held.shape[2])
+    fields = torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], dim=1)
+    slots = fields.reshape(-1, packed.shape[2])[:, : prepared.meta[f"rows.{number}"]]
+    columns = prepared.tensors.get(f"columns.{number}")
+    inputs = prepared.problem.in_features
+    if columns is None:
+        codes = slots[:inputs]
+    else:
+        taken = columns >= 0
+        codes = torch.empty(inputs, slots.shape[1], dtype=torch.uint8, device=held.device)
+        codes[columns[taken].to(torch.int64)] = slots[taken]
+    codes = codes.t()
+    if spec.element.floating:
+        fourbit = spec.element is ElementType.FLOAT4_E2M1FN
+        return codes if fourbit else codes.contiguous().view(getattr(torch, spec.element.value))
+    if spec.element.signed:
+        return (codes - (1 << (spec.element.bits - 1))).view(torch.int8)
+    return codes
+
+
+def _g_idx(prepared: Prepared, number: int, columns: torch.Tensor | None) -> torch.Tensor:
+    """Return int32 `[K]`, the group of each input."""
+    width = prepared.meta[f"chunk.{number}"] * prepared.meta[f"per_group.{number}"]
+    if columns is None:
+        return torch.arange(prepared.problem.in_features, dtype=torch.int32) // width
+    taken = columns >= 0
+    g_idx = torch.empty(prepared.problem.in_features, dtype=torch.int32, device=columns.device)
+    places = torch.arange(columns.shape[0], device=columns.device) // width
+    g_idx[columns[taken].to(torch.int64)] = places[taken].to(torch.int32)
+    return g_idx
