@@ -94,6 +94,13 @@ def test_the_dialects_own_file_completes_the_section_and_each_field_keeps_its_or
     assert origins(config)["desc_act"] == "abc_config.json: desc_act"
 
 
+def test_words_that_differ_in_their_case_agree_and_the_leading_spelling_counts(tmp_path, registry):
+    """AutoAWQ writes "GEMM" into a file of its own and "gemm" into config.json."""
+    main = {**MAIN, "version": "gemm"}
+    write_files(tmp_path, config_json={"quantization_config": main}, abc_config_json={"version": "GEMM"})
+    assert values(resolve_config(tmp_path, registry)) == main
+
+
 def test_other_sections_must_agree_but_add_nothing(tmp_path, registry):
     write_files(
         tmp_path,

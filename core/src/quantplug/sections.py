@@ -159,8 +159,8 @@ def merge(sections: Sequence[Section], dialect: str) -> Merged:
 
 
 def _compare(key: str, one: Json, first: Section, two: Json, second: Section) -> None:
-    if key == METHOD and isinstance(one, str) and isinstance(two, str):
-        one, two = one.lower(), two.lower()
+    if isinstance(one, str) and isinstance(two, str):
+        one, two = one.lower(), two.lower()  # one writer's two files may differ in the case of a word
     if not same(one, two):
         raise ConfigError(
             "QP-CFG-CONTRADICTION",
