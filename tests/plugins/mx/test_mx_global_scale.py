@@ -31,7 +31,7 @@ def every_scale(stored: float, scheme=RECIPROCAL) -> Weight:
     return scheme.decode(tensors, LinearShape(126, 16), "layer")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(stored=positive)
 def test_scales_are_those_of_a_division_and_the_stored_number_comes_back(stored):
     """All 126 scales over any number, subnormal results included; then the number again, to the bit."""
@@ -62,7 +62,7 @@ def test_a_reciprocal_in_float32_would_do_neither():
     assert not np.array_equal(SCALES * (np.float32(1) / stored), SCALES / stored)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(stored=st.floats(2.0**-126, 2.0**118, width=32))
 def test_a_factor_that_multiplies_is_kept_as_it_is(stored):
     """No copy, no rounding."""

@@ -1,6 +1,5 @@
 """
-Rounding dense weights: codes are the nearest, scales follow their rule, llm-compressor chooses the same where its rule is
-the same.
+Rounding dense weights: codes are the nearest, scales follow their rule, and llm-compressor's bytes where rules agree.
 """
 
 from __future__ import annotations

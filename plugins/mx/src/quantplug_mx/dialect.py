@@ -4,19 +4,22 @@ Configurations whose `quant_method` is `mxfp8` or `mxfp4`; other methods that us
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantplug.config import Dialect, Field, QuantConfig
 from quantplug.entries import path_entries
 from quantplug.errors import ConfigError
 from quantplug.jsonio import describe_json, get_str
+from quantplug.patterns import vet
 from quantplug.skip import Entry, EntryKind, Rule, SchemeRef
 from quantplug_mx.mxfp4 import MXFP4Scheme
 from quantplug_mx.mxfp8 import MXFP8Scheme
 from quantplug_mx.parameters import EITHER
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from quantplug.config import RawConfig
     from quantplug.jsonio import Json
@@ -25,10 +28,14 @@ _SKIPS = ("modules_to_not_convert", "ignored_layers")
 """Lists of layers that stay whole; writers use one or the other."""
 _ACTIVATION = "float8_e4m3fn/group32/dynamic/float8_e8m0fnu"
 _BLOCK: list[Json] = [1, MXFP8Scheme.group]
+_ONLY: dict[str, str] = {"fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
+"""The one value that each of these has in MXFP8, and when it is absent."""
 _LOADERS = frozenset({"quant_method", "dequantize", "packed_modules_mapping", *_SKIPS})
 """Keys that both read, or that say what one loader is to do, not what is stored."""
 _MEANING = ("modules_to_convert", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups", "rotation_config")
 """Keys that would change what is stored, unless they say nothing."""
+_NO_PREFIX = re.compile(r"\[|\*$")
+"""Globs with sets of characters, and those that cover everything below in any case."""
 # Layers may have an `output` of their own, so only the model's counts.
 _HEADS = (("lm_head", EntryKind.SUFFIX), ("embed_out", EntryKind.SUFFIX), ("output", EntryKind.EXACT))
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -47,10 +54,8 @@ class MXFP8Dialect(Dialect):
         Raises:
             ConfigError: `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-CFG-REFUSED`, `QP-SKIP-PATTERN`.
         """
-        get_str(raw.fields, "fmt", raw.origin("fmt"), default="e4m3", choices=("e4m3",))
-        get_str(raw.fields, "scale_fmt", raw.origin("scale_fmt"), default="ue8m0", choices=("ue8m0",))
-        get_str(raw.fields, "activation_scheme", raw.origin("activation_scheme"), default="dynamic",
-                choices=("dynamic",))  # fmt: skip
+        for key, value in _ONLY.items():
+            get_str(raw.fields, key, raw.origin(key), default=value, choices=(value,))
         block = raw.fields.get("weight_block_size")
         if block is not None and block != _BLOCK:
             raise ConfigError(
@@ -68,8 +73,8 @@ class MXFP8Dialect(Dialect):
                 f"stores experts as {describe_json(experts)}",
                 expected="'fp8': experts in another format than the rest are not read",
             )
-        known = {"fmt", "scale_fmt", "activation_scheme", "weight_block_size", "expert_dtype"}
-        return _config(self, raw, MXFP8Scheme.name, {"activation": _ACTIVATION, "scale_name": EITHER}, known)
+        effective: dict[str, Json] = {**_ONLY, "weight_block_size": _BLOCK, "expert_dtype": "fp8"}
+        return _config(self, raw, MXFP8Scheme.name, {"activation": _ACTIVATION, "scale_name": EITHER}, effective)
 
 
 class MXFP4Dialect(Dialect):
@@ -101,13 +106,22 @@ class MXFP4Dialect(Dialect):
                 fix="Use a copy in bfloat16: Transformers writes one when the model is loaded with "
                 "Mxfp4Config(dequantize=True) and saved.",
             )
-        return _config(self, raw, MXFP4Scheme.name, {"scale_name": EITHER}, frozenset())
+        return _config(self, raw, MXFP4Scheme.name, {"scale_name": EITHER}, {})
 
 
 def _config(
-    dialect: Dialect, raw: RawConfig, scheme: str, params: Mapping[str, Json], known: Collection[str]
+    dialect: Dialect, raw: RawConfig, scheme: str, params: Mapping[str, Json], effective: Mapping[str, Json]
 ) -> QuantConfig:
-    """Return one scheme for every linear layer but those that the lists name, and output heads."""
+    """
+    Return one scheme for every linear layer but those that the lists name, and output heads.
+
+    Args:
+        dialect: which reads.
+        raw: the configuration.
+        scheme: name of the scheme.
+        params: its parameters.
+        effective: keys of this dialect alone, with what they are when they are absent.
+    """
     for key in _MEANING:
         if raw.fields.get(key):
             raise ConfigError(
@@ -117,20 +131,34 @@ def _config(
                 expected="none",
                 fix="Use a copy of the model without it, or convert the dense model (quantplug convert).",
             )
-    skipped = [Rule(entry) for key in _SKIPS for entry in path_entries(raw.fields.get(key), raw.origin(key))]
+    skipped = [Rule(_prefix(entry)) for key in _SKIPS for entry in path_entries(raw.fields.get(key), raw.origin(key))]
     origin = f"{dialect.name}: output heads stay whole"
     heads = [Rule(Entry(name, kind, name, origin, implied=True)) for name, kind in _HEADS]
     return QuantConfig(
         dialect.name,
         SchemeRef(scheme, tuple(sorted(params.items()))),
         (*skipped, *heads),
-        tuple(Field(key, value, raw.origin(key)) for key, value in raw.fields.items()),
+        tuple(Field(key, value, raw.origin(key)) for key, value in ({**effective, **raw.fields}).items()),
         tuple(
             f"{raw.origin(key)} is not known to this reader and left out of account"
             for key in raw.fields
-            if key not in known and key not in _LOADERS and key not in _MEANING
+            if key not in effective and key not in _LOADERS and key not in _MEANING
         ),
     )
+
+
+def _prefix(entry: Entry) -> Entry:
+    """
+    Return an entry that covers what lies below a glob, too.
+
+    These lists are applied from the start of a path up to any of its dots, so that `model.layers.*.self_attn` is about
+    the four layers in there; no layer has that path itself.
+    """
+    if entry.kind is not EntryKind.GLOB or _NO_PREFIX.search(entry.pattern):
+        return entry
+    pattern = re.escape(entry.pattern).replace(r"\*", ".*").replace(r"\?", ".") + r"(?:\.|$)"
+    vet(pattern, entry.origin, "match")
+    return replace(entry, kind=EntryKind.REGEX, pattern=pattern)
 
 
 def _experts(model: Mapping[str, Json]) -> str:

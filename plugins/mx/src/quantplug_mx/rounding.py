@@ -109,7 +109,7 @@ def _pieces(dense: torch.Tensor, group: int) -> Iterator[tuple[slice, torch.Tens
     count = -(-k // group)
     step = max(1, _PIECE // max(1, k))
     for start in range(0, n if k else 0, step):
-        piece = dense[start : start + step].to(torch.float32, memory_format=torch.contiguous_format)
+        piece = dense[start : start + step].to(torch.float32).contiguous()
         yield (
             slice(start, start + len(piece)),
             torch.nn.functional.pad(piece, (0, count * group - k)).unflatten(1, (count, group)),
