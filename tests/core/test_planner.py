@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from toy_checkpoints import toy_checkpoint, toy_registry, toy_tensors, write_checkpoint
+from toy_checkpoints import dense_tensors, toy_checkpoint, toy_registry, toy_tensors, write_checkpoint
 
+from quantplug.entries import path_entries
 from quantplug.errors import CheckpointError, ConfigError, PlanError, QuantplugError
 from quantplug.inventory import Inventory, ModuleInfo
+from quantplug.onload import OnLoad
 from quantplug.plan import Plan
 from quantplug.planner import plan
 from quantplug.spec import LinearShape
@@ -161,6 +163,50 @@ def test_a_fused_module_of_a_model_takes_its_shards_in_order(tmp_path: Path) -> 
     one_dense[f"{shards[1]}.weight"] = torch.ones(16, 32)
     with pytest.raises(ConfigError, match="its shards are partly quantized") as raised:
         make(write_checkpoint(tmp_path / "mixed", one_dense, TOY), inventory=Inventory((fused,)))
+    assert raised.value.code == "QP-SKIP-SHARDS"
+
+
+SHARDS = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
+FUSED = Inventory((ModuleInfo("model.layers.0.self_attn.qkv_proj", "linear", shards=SHARDS),))
+
+
+def fused_checkpoint(directory: Path, dense: tuple[str, ...]) -> Path:
+    """Write the two shards alone, some of them dense, with a rule that keeps the first of them whole."""
+    tensors = {n: t for n, t in toy_tensors(keep=dense).items() if n.startswith(SHARDS) and not n.endswith("bias")}
+    return write_checkpoint(directory, tensors, {**TOY, "keep": ["self_attn.q_proj"]})
+
+
+def test_where_rules_disagree_about_shards_the_tensors_decide_if_they_agree(tmp_path: Path) -> None:
+    """Writers' expressions match more than was meant; the plan says so, and strict mode makes it an error."""
+    quantized = fused_checkpoint(tmp_path / "a", ())
+    planned = make(quantized, inventory=FUSED)
+    layer = planned.layers[0]
+    assert [segment.name for segment in layer.segments] == list(SHARDS)
+    assert layer.rule == f"{SHARDS[0]}: self_attn.q_proj; {SHARDS[1]}: default"
+    (note,) = layer.notes
+    assert note.startswith("evidence: self_attn.q_proj (config.json: quantization_config.keep")
+    assert note.endswith(f"keeps it whole, but {SHARDS[0]} is stored quantized")
+    assert note in planned.warnings
+    whole = fused_checkpoint(tmp_path / "b", ("self_attn",))
+    layer = make(whole, inventory=FUSED).layers[0]
+    assert not layer.quantized
+    assert layer.notes == (f"evidence: default of toy assigns toy limit 127, but {SHARDS[1]} is stored dense",)
+    for directory in (quantized, whole):
+        with pytest.raises(ConfigError) as raised:
+            make(directory, inventory=FUSED, strict=True)
+        assert raised.value.code == "QP-SKIP-EVIDENCE"
+
+
+def test_where_rules_and_tensors_disagree_about_shards_nobody_can_decide(tmp_path: Path) -> None:
+    """The tensors follow the rules, or contradict both of them: the error is that of the rules."""
+    for name, dense in {"as ruled": SHARDS[:1], "the other way round": SHARDS[1:]}.items():
+        with pytest.raises(ConfigError, match=r"come to different schemes; kept whole: .*q_proj by") as raised:
+            make(fused_checkpoint(tmp_path / name, dense), inventory=FUSED)
+        assert raised.value.code == "QP-SKIP-SHARDS"
+    tensors = {n: t for n, t in dense_tensors().items() if n.startswith(SHARDS) and not n.endswith("bias")}
+    directory = write_checkpoint(tmp_path / "dense", tensors, None)
+    with pytest.raises(ConfigError, match="come to different schemes") as raised:
+        make(directory, inventory=FUSED, quantize=OnLoad("toy", path_entries(["q_proj"], "skip")))
     assert raised.value.code == "QP-SKIP-SHARDS"
 
 

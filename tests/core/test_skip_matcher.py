@@ -145,6 +145,51 @@ def test_shards_that_come_to_different_schemes_are_an_error_that_names_them():
     assert matcher.decide(linear("lm_head")).use is None
 
 
+def test_whoever_asks_the_tensors_gets_a_ruling_for_each_shard_instead():
+    """Each with the rule that made it; all entries count as used."""
+    matcher = Matcher(skips("q_proj", "v_proj"), BASE)
+    ruling = matcher.decide(fused(), split=True)
+    assert (ruling.use, ruling.rule) == (None, None)
+    assert [(name, part.use, part.rule and part.rule.entry.text) for name, part in ruling.split] == [
+        (QKV[0], None, "q_proj"),
+        (QKV[1], BASE, None),
+        (QKV[2], None, "v_proj"),
+    ]
+    assert ruling.shards == ((QKV[0], "q_proj"), (QKV[1], "default"), (QKV[2], "v_proj"))
+    assert ruling.of(QKV[0]) == ruling.split[0][1]
+    assert [use.matched for use in matcher.report().uses] == [1, 1]
+    together = matcher.decide(fused(path="b", shards=QKV[:1]), split=True)
+    assert together.split == ()
+    assert together.of(QKV[0]) is together
+
+
+def test_experts_that_come_to_different_schemes_are_an_error_in_any_case():
+    experts = ModuleInfo("mlp.experts", "experts", shards=("mlp.experts.0.up", "mlp.experts.1.up"))
+    with pytest.raises(ConfigError, match=r"kept whole: mlp\.experts\.0\.up by"):
+        Matcher(skips("experts.0"), BASE).decide(experts, split=True)
+
+
+OTHERWISE = {
+    "the default": (skips("mlp.gate"), BASE, BASE),
+    "the next rule for it": ([*skips("mlp.gate"), Rule(entry("component", "gate"), EIGHT)], BASE, EIGHT),
+    "not a rule for others": ([*skips("mlp.gate"), Rule(entry("component", "up"), EIGHT)], BASE, BASE),
+    "of a positive list the part that speaks for it": (
+        [Rule(entry("component", "up"), EIGHT), *skips("mlp.gate"), Rule(entry("parent", "model"), BASE)], None, BASE,
+    ),
+    "any, to judge by": ([Rule(entry("component", "up"), EIGHT), *skips("mlp.gate")], None, EIGHT),
+    "none where nothing is quantized": (skips("mlp.gate"), None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_the_scheme_of_a_layer_that_is_quantized_against_its_rule(name):
+    """What the rules would assign if none kept it whole."""
+    rules, default, expected = OTHERWISE[name]
+    matcher, path = Matcher(rules, default), "model.layers.0.mlp.gate"
+    assert matcher.decide(linear(path)).use is None
+    assert matcher.otherwise(linear(path), path) == expected
+
+
 def test_shards_disagree_about_parameters_too():
     rules = rules_from_dynamic({r".*\.q_proj": {"bits": 8}}, BASE, "dynamic")
     with pytest.raises(ConfigError, match=r"gptq bits=8: .*q_proj by .*; gptq bits=4: .*k_proj by default, .*SHARDS"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from quantplug.errors import CheckpointError, ConfigError
 from quantplug.evidence import BIAS_SUFFIX, DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.kernel import Accepted
+from quantplug.matcher import disagreement
 from quantplug.plan import LayerPlan, Segment
 from quantplug.schemes import SchemeCache
 from quantplug.select import select
@@ -82,7 +83,7 @@ class LayerPlanner:
             ConfigError, CheckpointError, PlanError: when rules, tensors and kernels do not come together.
         """
         # Every module is put to the matcher, so that an entry that names an embedding or a norm counts as used.
-        ruling = self._matcher.decide(module, self._stored.paths)
+        ruling = self._matcher.decide(module, self._stored.paths, split=True)
         self._warnings.update(dict.fromkeys(ruling.warnings))
         names = [name for name in module.shards or (module.name,) if name in self._stored.paths]
         if module.tied_to and not names:
@@ -91,8 +92,10 @@ class LayerPlanner:
             return self._dense(module, "not a linear layer" if module.kind == "other" else "embeddings stay whole")
         if not names:
             raise self._missing(module)
-        settled = {name: self._settle(module, name, ruling) for name in names}
+        settled = {name: self._settle(module, name, ruling.of(name)) for name in names}
         uses = {use for use, _ in settled.values()}
+        if ruling.split and len(uses) > 1:
+            raise disagreement(module, ruling)  # the tensors do not come to one scheme either
         if None in uses and len(uses) > 1:
             raise ConfigError(
                 "QP-SKIP-SHARDS",
@@ -113,7 +116,7 @@ class LayerPlanner:
             if ruling.use is not None and DENSE_SUFFIX not in self._stored.tensors(name):
                 raise self._missing(module)
             return ruling.use, ""
-        asked = ruling.use or self._config.default or self._any_scheme()
+        asked = ruling.use or self._matcher.otherwise(module, name)
         if asked is None:
             return None, ""
         scheme = self.schemes.get(asked, self._config.dialect)
@@ -153,9 +156,6 @@ class LayerPlanner:
             )
         self._warnings[note] = None
         return stored_as, note
-
-    def _any_scheme(self) -> SchemeRef | None:
-        return next((rule.use for rule in self._config.rules if rule.use is not None), None)
 
     def _quantized(
         self, module: ModuleInfo, shards: list[tuple[str, SchemeRef]], rule: str, notes: list[str]

@@ -51,7 +51,7 @@ class Matcher:
         self._names = NameCollection()
         self._plain: dict[int | None, Ruling] = {None: Ruling(default, None)}
 
-    def decide(self, module: ModuleInfo, stored: Collection[str] | None = None) -> Ruling:
+    def decide(self, module: ModuleInfo, stored: Collection[str] | None = None, *, split: bool = False) -> Ruling:
         """
         Return what a module gets, and why. A module is counted once, however often it is asked for.
 
@@ -61,6 +61,8 @@ class Matcher:
             module: the module; its shards are checkpoint paths.
             stored: paths of the modules that the checkpoint has tensors for (a set); a shard without tensors cannot
                 disagree. None means that all are there.
+            split: whether the shards of a linear module may come to different schemes, because the caller asks their
+                tensors; the ruling then has one for each (`Ruling.split`).
 
         Raises:
             ConfigError: `QP-SKIP-SHARDS` when stored shards come to different schemes; `QP-SKIP-PATTERN` when matching
@@ -72,7 +74,7 @@ class Matcher:
         if module.shards:
             shards = [shard for shard in module.shards if stored is None or shard in stored]
             if shards:
-                return self._decide_shards(module, own, shards)
+                return self._decide_shards(module, own, shards, split and module.kind == "linear")
         decider = own[0] if own else None
         self._count(module, own, own[:1])
         if module.kind == "linear":
@@ -83,6 +85,17 @@ class Matcher:
         if decider is not None and module.kind == "linear" and not may_surprise(self._rules[decider].entry):
             self._plain[decider] = ruling  # the same for every module that this rule decides
         return ruling
+
+    def otherwise(self, module: ModuleInfo, shard: str) -> SchemeRef | None:
+        """
+        Return the scheme of a layer that a rule keeps whole, if its tensors say that the rule is wrong about it.
+
+        That is what the first rule that speaks for it and assigns one says, else the default; else any there is, by
+        which tensors can at least be judged. None when nothing is quantized at all.
+        """
+        hits = sorted({*self._index.hits(module.name, module.class_name), *self._index.hits(shard)})
+        given = (self._rules[index].use for index in (*hits, *range(len(self._rules) if self._default is None else 0)))
+        return next((use for use in given if use is not None), self._default)
 
     def report(self) -> RuleReport:
         """Return what every rule did so far, in rule order."""
@@ -95,17 +108,18 @@ class Matcher:
             uses.append(EntryUse(rule.entry, matched, decided, nearest))
         return RuleReport(tuple(uses))
 
-    def _decide_shards(self, module: ModuleInfo, own: list[int], shards: list[str]) -> Ruling:
+    def _decide_shards(self, module: ModuleInfo, own: list[int], shards: list[str], split: bool) -> Ruling:
         matched = set(own)
         deciders: dict[str, int | None] = {}
         for shard in shards:
             hits = self._index.hits(shard)
             matched.update(hits)
             deciders[shard] = min((*own[:1], *hits[:1]), default=None)
-        if len({self._use(decider) for decider in deciders.values()}) > 1:
-            raise self._disagreement(module, deciders)
+        agreed = len({self._use(decider) for decider in deciders.values()}) == 1
+        if not agreed and not split:
+            raise disagreement(module, self._split(deciders))
         self._count(module, matched, {decider for decider in deciders.values() if decider is not None})
-        return self._ruling(module, deciders)
+        return self._ruling(module, deciders) if agreed else self._split(deciders)
 
     def _ruling(self, module: ModuleInfo, deciders: dict[str, int | None]) -> Ruling:
         """Return the ruling of a module whose parts agree, given who decided each."""
@@ -114,16 +128,29 @@ class Matcher:
         use = self._use(distinct[0] if distinct else None)
         if module.kind != "linear":
             return Ruling(None, rule if rule is not None and rule.use is None else None)
-        warnings = dict.fromkeys(
-            text
-            for name, decider in deciders.items()
-            if decider is not None
-            for text in surprises(self._rules[decider].entry, name)
-        )
         shards: tuple[tuple[str, str], ...] = ()
         if len(set(deciders.values())) > 1:
             shards = tuple((name, self._words(decider)) for name, decider in deciders.items())
-        return Ruling(use, rule, shards, tuple(warnings))
+        return Ruling(use, rule, shards, self._surprises(deciders))
+
+    def _split(self, deciders: dict[str, int | None]) -> Ruling:
+        """Return the ruling of a module whose shards disagree."""
+        parts = tuple(
+            (name, Ruling(self._use(decider), None if decider is None else self._rules[decider]))
+            for name, decider in deciders.items()
+        )
+        shards = tuple((name, self._words(decider)) for name, decider in deciders.items())
+        return Ruling(None, None, shards, self._surprises(deciders), parts)
+
+    def _surprises(self, deciders: dict[str, int | None]) -> tuple[str, ...]:
+        return tuple(
+            dict.fromkeys(
+                text
+                for name, decider in deciders.items()
+                if decider is not None
+                for text in surprises(self._rules[decider].entry, name)
+            )
+        )
 
     def _use(self, decider: int | None) -> SchemeRef | None:
         return self._default if decider is None else self._rules[decider].use
@@ -142,24 +169,25 @@ class Matcher:
             for index in deciding:
                 self._decided[index] += 1
 
-    def _disagreement(self, module: ModuleInfo, deciders: dict[str, int | None]) -> ConfigError:
-        groups: dict[SchemeRef | None, list[str]] = {}
-        for name, decider in deciders.items():
-            said = "by default" if decider is None else f"by {self._words(decider)!r}"
-            if decider is not None:
-                said += f" ({self._rules[decider].entry.origin})"
-            groups.setdefault(self._use(decider), []).append(f"{name} {said}")
-        told = []
-        for use, names in groups.items():
-            more = f" and {len(names) - _MAX_LISTED:,} more" if len(names) > _MAX_LISTED else ""
-            told.append(f"{_describe(use)}: {', '.join(names[:_MAX_LISTED])}{more}")
-        return ConfigError(
-            "QP-SKIP-SHARDS",
-            module.path,
-            "its shards come to different schemes; " + "; ".join(told),
-            expected="all shards of a fused module, and all experts of a layer, skipped alike or quantized alike",
-            fix="List every shard or none, or run the model with these layers unfused.",
-        )
+
+def disagreement(module: ModuleInfo, ruling: Ruling) -> ConfigError:
+    """Return the error about a module whose shards come to different schemes, naming each shard and its rule."""
+    groups: dict[SchemeRef | None, list[str]] = {}
+    for name, part in ruling.split:
+        entry = None if part.rule is None else part.rule.entry
+        said = "by default" if entry is None else f"by {entry.text!r} ({entry.origin})"
+        groups.setdefault(part.use, []).append(f"{name} {said}")
+    told = []
+    for use, names in groups.items():
+        more = f" and {len(names) - _MAX_LISTED:,} more" if len(names) > _MAX_LISTED else ""
+        told.append(f"{_describe(use)}: {', '.join(names[:_MAX_LISTED])}{more}")
+    return ConfigError(
+        "QP-SKIP-SHARDS",
+        module.path,
+        "its shards come to different schemes; " + "; ".join(told),
+        expected="all shards of a fused module, and all experts of a layer, skipped alike or quantized alike",
+        fix="List every shard or none, or run the model with these layers unfused.",
+    )
 
 
 def matches(entry: Entry, module: ModuleInfo) -> bool:

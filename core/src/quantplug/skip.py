@@ -100,6 +100,8 @@ class Ruling:
         rule: the rule that decided, or None when the default did.
         shards: for a fused module decided by its shards, (shard path, deciding entry text) each.
         warnings: what a reader should know ("`layers.3.` is read as the parent path `layers.3`").
+        split: for a fused module whose shards come to different schemes, (shard path, its own ruling) each; `use` and
+            `rule` say nothing then, and only the stored tensors can decide.
 
     """
 
@@ -107,6 +109,11 @@ class Ruling:
     rule: Rule | None
     shards: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
+    split: tuple[tuple[str, Ruling], ...] = ()
+
+    def of(self, shard: str) -> Ruling:
+        """Return the ruling of one shard: its own where the rules disagree, else that of the module."""
+        return dict(self.split).get(shard, self)
 
 
 @dataclass(frozen=True, slots=True)
