@@ -41,7 +41,7 @@ def test_problems_follow_from_what_the_kernel_accepts():
     assert {hazard.problem.dtype for hazard in accepted} == {"bfloat16"}
     assert all(hazard.problem.uniform for hazard in accepted)
     assert {hazard.family for hazard in tests.families()} == {hazard.family for hazard in accepted}
-    assert len(tests.samples()) == 4
+    assert len(tests.samples()) == 5
 
 
 def test_dtypes_take_turns_among_families():

@@ -4,8 +4,6 @@ What single codes stand for: the values of each element type, and the two spelli
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from quantplug.spec import ElementType
@@ -19,13 +17,10 @@ _FNUZ = {torch.float8_e4m3fn: torch.float8_e4m3fnuz, torch.float8_e5m2: torch.fl
 def code_values(codes: torch.Tensor, element: ElementType) -> torch.Tensor:
     """Return float32, fresh: the value of each code (of an unsigned one: before its zero point is taken away)."""
     if element is ElementType.FLOAT4_E2M1FN:
-        return _float4_values(codes.device).index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+        # made anew each time: torch.compile warns of functions that remember their results
+        table = torch.tensor(FLOAT4_E2M1FN_VALUES, dtype=torch.float32, device=codes.device)
+        return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
     return codes.to(torch.float32, copy=True)
-
-
-@cache
-def _float4_values(device: torch.device) -> torch.Tensor:
-    return torch.tensor(FLOAT4_E2M1FN_VALUES, dtype=torch.float32, device=device)
 
 
 def to_fnuz(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,9 @@
 """
 How far `y = x W^T + b` may be from the exact result, element by element, before a kernel is wrong.
 
-The exact result is that of the dequantized operands in float64; quantization error plays no part. The bound follows
-from the format, the shapes and what the kernel declares. Nothing in it can be tuned.
+The exact result is that of the dequantized operands in float64; quantization error plays no part. Where a kernel
+declares that it quantizes x, the operand is the quantized x, which `oracles.activation` gives. The bound follows from
+the format, the shapes and what the kernel declares. Nothing in it can be tuned.
 
 Notation: `u(t)` is the unit roundoff of a dtype t, `2^-p` for p significant bits (float32 `2^-24`, float16 `2^-11`,
 bfloat16 `2^-8`), `h(t)` half its smallest subnormal, and `gamma(n) = n u / (1 - n u)` with `u = u(float32)`, the most
@@ -20,16 +21,23 @@ that n roundings in a row can add up to (Higham, Accuracy and Stability of Numer
      `u(t) |mid - zero| (|scale| + r) + h(t)`, and nothing where `zero = mid`.
    - "weights" to t: the value is rounded, after the above: `u(t) (|value| + e) + h(t)`.
 
-2. Accumulation in float32. Each element takes at most two roundings to dequantize (subtracting integers is exact), two
+2. What each x may be off by, `d [M, K]`: 0, or where x is quantized, as far as right evaluations of its scales and
+   codes lie apart. It is derived in `oracles.activation`: nearly everywhere one code, two where a boundary lies within
+   the roundings of a quotient.
+
+3. Accumulation in float32. Each element takes at most two roundings to dequantize (subtracting integers is exact), two
    more where there is a global scale (which may be stored in more bits, and multiplies), one for the product with x,
-   `K - 1` to add up in whatever order, and one to add the bias: `A = gamma(n) (|x| (S + e)^T + |b|)` with `n = K + 3`,
-   or `K + 5`. Here `S` is the sum of the magnitudes a value is computed from: `|value|`, or
-   `(|code - mid| + |mid - zero|) |scale|` when the kernel declares the cast "zeros".
+   `K - 1` to add up in whatever order, and one to add the bias: `n = K + 3`, or `K + 5`. A quantized x takes two more:
+   to multiply with its scale, and to turn a sum of integers into float32. Those sums are exact: codes less zero points
+   times codes less zero points, in int32. It does not matter whether scales multiply codes or sums of them. So
+   `A = gamma(n) ((|x| + d) (S + e)^T + |b|)`, where `S` is the sum of the magnitudes a value is computed from:
+   `|value|`, or `(|code - mid| + |mid - zero|) |scale|` when the kernel declares the cast "zeros".
 
-3. So the sum before it is stored is off by `E = |x| e^T + A + F`. F covers results below float32's normal range, which
-   processors may flush to zero: `2^-126` per operation.
+4. So the sum before it is stored is off by `E = (|x| + d) e^T + d |value|^T + A + F`. F covers results and operands
+   below float32's normal range, which processors may flush to zero (x86's product of BF16 pairs does so with x and
+   weights): `2^-126` per operation, and times the other operand.
 
-4. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
+5. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
    dtype t adds `u(t) (|y| + E) + h(t)`. Where the magnitude plus all this passes the largest finite value of t, the
    result may be infinite, and the bound is.
 
@@ -42,7 +50,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantplug_testkit.oracles.linear import abs_linear, linear
+from quantplug_testkit.oracles.activation import Quantized
+from quantplug_testkit.oracles.linear import fused_linear
 from quantplug_testkit.oracles.rounding import LARGEST, SIGNIFICANT_BITS, SMALLEST_SUBNORMAL, round_to
 
 if TYPE_CHECKING:
@@ -68,7 +77,7 @@ def gamma(roundings: int, roundoff: float) -> float:
 
 
 def dequantize_roundings(segment: Segment) -> int:
-    """Return how many roundings in float32 a value may take, see 2."""
+    """Return how many roundings in float32 a value may take, see 3."""
     return 2 if segment.global_scale == 1 else 4
 
 
@@ -101,7 +110,7 @@ def weight_error(segment: Segment, casts: Sequence[Cast]) -> Floats:
 
 
 def linear_bound(
-    x: Floats,
+    x: Floats | Sequence[Quantized],
     segments: Sequence[Segment],
     bias: Floats | None,
     dtype: str,
@@ -111,29 +120,40 @@ def linear_bound(
     Return the largest permitted `|actual - exact|` of each element of y, float64 `[M, N]`.
 
     Args:
-        x: float64 `[M, K]`, exactly what the kernel was given; finite.
+        x: float64 `[M, K]`, exactly what the kernel was given; finite. Where the kernel quantizes it, what it becomes
+            for each segment.
         segments: the canonical weights, one below the other.
         bias: float64 `[N]`, exactly what the kernel was given, or None.
         dtype: torch name of y's dtype.
         casts: what the kernel declares for this problem.
     """
     to = _by_name(casts)
-    values = np.concatenate([segment.values() for segment in segments])
-    off = np.concatenate([weight_error(segment, casts) for segment in segments])
-    summed = np.concatenate([_magnitude(segment, apart="zeros" in to) for segment in segments])
-    in_features = values.shape[1]
-    added = np.zeros(values.shape[0]) if bias is None else np.abs(bias)
+    inputs = [Quantized.exactly(x)] * len(segments) if isinstance(x, np.ndarray) else x
+    values = [segment.values() for segment in segments]
+    off = [weight_error(segment, casts) for segment in segments]
+    summed = [_magnitude(segment, apart="zeros" in to) for segment in segments]
+    size = [np.abs(each.values) + each.error for each in inputs]
+    added = 0.0 if bias is None else np.abs(bias)
 
-    total = abs_linear(x, summed + off) + added
-    roundings = in_features + 1 + max(dequantize_roundings(segment) for segment in segments)
+    roundings = values[0].shape[1] + 1 + max(dequantize_roundings(segment) for segment in segments)
+    roundings += 0 if isinstance(x, np.ndarray) else 2
+    total = fused_linear(size, [s + e for s, e in zip(summed, off, strict=True)]) + added
     accumulated = (gamma(roundings, unit_roundoff("float32")) + gamma(roundings, 2.0**-53)) * total
-    flushed = _SMALLEST_NORMAL * (np.abs(x).sum(axis=1, keepdims=True) + roundings)
-    error = abs_linear(x, off) + accumulated + flushed
+    summands = [
+        np.broadcast_to(s.sum(axis=1, keepdims=True), (len(s), len(v))) for s, v in zip(size, values, strict=True)
+    ]
+    multiplied = np.concatenate([np.abs(each).sum(axis=1) for each in values])
+    flushed = _SMALLEST_NORMAL * (np.concatenate(summands, axis=1) + multiplied + roundings)
+    error = accumulated + flushed
+    if any(each.any() for each in off):
+        error += fused_linear(size, off)
+    if any(each.error.any() for each in inputs):
+        error += fused_linear([each.error for each in inputs], [np.abs(each) for each in values])
 
-    product = linear(x, values)
+    product = fused_linear([each.values for each in inputs], values)
     if "partials" in to:
         error = stored_error(product, error, to["partials"])
-    return stored_error(linear(x, values, bias), error, dtype)
+    return stored_error(product if bias is None else product + bias, error, dtype)
 
 
 def stored_error(exact: Floats, error: Floats, dtype: str) -> Floats:

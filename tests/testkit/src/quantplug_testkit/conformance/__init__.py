@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from quantplug.kernel import Accepted
 from quantplug_testkit.conformance.case import Subject
 from quantplug_testkit.conformance.contract import ContractTests
 from quantplug_testkit.conformance.prepare import PrepareTests
@@ -29,6 +30,8 @@ from quantplug_testkit.conformance.runtime import RuntimeTests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from quantplug.spec import LinearProblem
 
 __all__ = ["CATALOGUE", "Hazard", "LinearKernelConformance", "standard_tests"]
 
@@ -65,18 +68,27 @@ class LinearKernelConformance(ContractTests, PrepareTests, ProductTests, Runtime
         return [dtypes[turn % len(dtypes)] for turn, dtypes in enumerate(found.values())]
 
     def samples(self) -> list[Hazard]:
-        """Return the first accepted hazard of each kind: fused, act-order, with a bias, and none of these."""
+        """
+        Return the first accepted hazard of each kind: fused, floating point of 8 and of 4 bits, act-order, with a bias,
+        and none of these; and of each permission that the kernel uses.
+        """
         kinds: dict[str, Hazard] = {}
         for hazard in self.accepted():
-            problem = hazard.problem
-            if len(problem.segments) > 1:
-                kind = "fused"
-            elif problem.segments[0].weight.act_order:
-                kind = "act-order"
-            else:
-                kind = "bias" if problem.bias else "plain"
-            kinds.setdefault(kind, hazard)
+            kinds.setdefault(self._kind(hazard.problem), hazard)
         return list(kinds.values())
+
+    def _kind(self, problem: LinearProblem) -> str:
+        verdict = self.kernel.supports(problem, self.platform)
+        if problem.activation is not None and isinstance(verdict, Accepted) and verdict.quantizes_x:
+            return str(problem.activation)
+        if len(problem.segments) > 1:
+            return "fused"
+        weight = problem.segments[0].weight
+        if weight.element.floating:
+            return f"float{weight.element.bits}"
+        if weight.act_order:
+            return "act-order"
+        return "bias" if problem.bias else "plain"
 
     def test_standard_tests_are_intact(self) -> None:
         """

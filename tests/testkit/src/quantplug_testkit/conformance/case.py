@@ -12,15 +12,17 @@ import torch
 
 from quantplug.kernel import Accepted, Cast, LinearKernel
 from quantplug.platform import Platform
+from quantplug_testkit.activation import quantized
 from quantplug_testkit.bounds import linear_bound
 from quantplug_testkit.canonical import segment_of, to_float64
 from quantplug_testkit.compare import assert_bitwise_equal, assert_within
 from quantplug_testkit.conformance.problems import CATALOGUE, Hazard
-from quantplug_testkit.oracles.linear import linear
+from quantplug_testkit.oracles.linear import fused_linear, linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from quantplug_testkit.oracles.activation import Quantized
     from quantplug_testkit.oracles.canonical import Floats, Segment
 
 
@@ -68,6 +70,7 @@ class Case:
         self.device = device
         self.hazard = hazard
         self.casts: tuple[Cast, ...] = verdict.casts
+        self.quantizes_x = verdict.quantizes_x
         self.extra_bytes = verdict.extra_bytes
         bias = hazard.bias()
         self.bias = None if bias is None else bias.to(device)
@@ -94,14 +97,25 @@ class Case:
         return y
 
     def check(self, x: torch.Tensor, y: torch.Tensor, what: str) -> None:
-        """Assert that y is the product of a finite x within the derived bound."""
+        """Assert that y is the product of a finite x, quantized if that is declared, within the derived bound."""
         __tracebackhide__ = True
         rows = to_float64(x).reshape(-1, self.hazard.problem.in_features)
         bias = None if self.bias is None else to_float64(self.bias)
-        segments = oracle_segments(self.hazard)
-        exact = linear(rows, oracle_values(self.hazard), bias)
-        bound = linear_bound(rows, segments, bias, self.hazard.problem.dtype, self.casts)
+        operand: Floats | list[Quantized] = self._quantized(rows) if self.quantizes_x else rows
+        bound = linear_bound(operand, oracle_segments(self.hazard), bias, self.hazard.problem.dtype, self.casts)
+        if isinstance(operand, list):
+            values = [segment.values() for segment in oracle_segments(self.hazard)]
+            exact = fused_linear([each.values for each in operand], values, bias)
+        else:
+            exact = linear(operand, oracle_values(self.hazard), bias)
         assert_within(y.reshape(exact.shape), exact, bound, f"{what} [{self.hazard.name}]")
+
+    def _quantized(self, rows: Floats) -> list[Quantized]:
+        """Return what x becomes for each segment, each of which may have its own stored scale."""
+        permission = self.hazard.problem.activation
+        if permission is None:
+            raise AssertionError(f"{self.kernel.name} quantizes x, which {self.hazard.name} does not permit")
+        return [quantized(rows, permission, params) for params in self.hazard.activation()]
 
     def check_again(self, first: torch.Tensor, second: torch.Tensor, x: torch.Tensor, what: str) -> None:
         """Assert that two results for the same x are equal to the bit, or within the bound if that is not declared."""

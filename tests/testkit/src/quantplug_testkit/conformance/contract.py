@@ -119,6 +119,7 @@ class ContractTests(Subject):
             assert len(set(names)) == len(names), f"a cast declared twice {about}"
             assert {cast.dtype for cast in verdict.casts} <= set(DTYPES), f"a cast to an unknown dtype {about}"
             assert isinstance(verdict.extra_bytes, int) and verdict.extra_bytes >= 0, f"extra_bytes {about}"  # noqa: PT018
+            assert not verdict.quantizes_x or problem.activation is not None, f"quantizes x without permission {about}"
             assert all(isinstance(note, str) and note for note in verdict.notes), f"notes are not texts {about}"
 
     def test_refusing_names_the_offending_value(self) -> None:
@@ -161,7 +162,8 @@ def _offending(code: str, problem: LinearProblem, platform: Platform) -> set[str
         case "arch":
             return {platform.arch or platform.kind, str(platform), *platform.features}
         case "dtype":
-            return {problem.dtype, *(spec.scale_dtype for spec in specs)}
+            factors = {"global scale"} if any(spec.global_scale for spec in specs) else set()
+            return {problem.dtype, *(spec.scale_dtype for spec in specs)} | factors
         case "element":
             return {str(spec.element) for spec in specs} | {str(spec.element.bits) for spec in specs}
         case "granularity":
@@ -174,7 +176,9 @@ def _offending(code: str, problem: LinearProblem, platform: Platform) -> set[str
         case "segments":
             return {str(len(problem.segments)), *(spec.describe() for spec in specs)}
         case "activation":
-            return set() if problem.activation is None else {problem.activation.element, problem.activation.granularity}
+            if problem.activation is None:
+                return {"none", "weight-only"}
+            return {problem.activation.element, problem.activation.granularity}
         case "dependency":
             return {text for version in platform.versions for text in version}
         case _:

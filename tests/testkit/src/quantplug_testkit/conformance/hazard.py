@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from quantplug.activations import read_activation
 from quantplug.spec import (
     ElementType,
     Granularity,
@@ -19,6 +20,7 @@ from quantplug.spec import (
     WeightSpec,
 )
 from quantplug.weight import ActivationParams, Weight
+from quantplug_testkit.activation import make_activation
 from quantplug_testkit.canonical import Scales, Zeros, make_weight
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -61,9 +63,10 @@ class Hazard:
             for segment in self.problem.segments
         )
 
-    def activation(self) -> tuple[ActivationParams | None, ...]:
-        """Return what the file stores about x, one per segment."""
-        return (None,) * len(self.problem.segments)
+    def activation(self, seed: int = 0) -> tuple[ActivationParams | None, ...]:
+        """Return what the file stores about x, one per segment, each its own; the same for the same seed."""
+        generator = self._generator(1000 + seed)
+        return tuple(make_activation(self.problem.activation, generator) for _ in self.problem.segments)
 
     def bias(self) -> torch.Tensor | None:
         """Return the bias `[N]` in the problem's dtype, or None when the problem has none."""
@@ -103,6 +106,7 @@ def family(
     spec: WeightSpec | tuple[WeightSpec, ...],
     *,
     bias: bool = False,
+    activation: str = "none",
     zeros: Zeros = "any",
     scales: Scales = "any",
 ) -> list[Hazard]:
@@ -115,10 +119,14 @@ def family(
         in_features: K.
         spec: numeric contract of all segments, or of each.
         bias: whether there is one.
+        activation: what the file permits, as `quantplug.activations` spells it.
         zeros: kind of zero points, see `make_weight`.
         scales: kind of scales.
     """
     sizes = out_features if isinstance(out_features, tuple) else (out_features,)
     specs = spec if isinstance(spec, tuple) else (spec,) * len(sizes)
     segments = tuple(SegmentSpec(size, each) for size, each in zip(sizes, specs, strict=True))
-    return [Hazard(name, LinearProblem(in_features, segments, dtype, bias), zeros, scales) for dtype in DTYPES]
+    permission = read_activation(activation, name)
+    return [
+        Hazard(name, LinearProblem(in_features, segments, dtype, bias, permission), zeros, scales) for dtype in DTYPES
+    ]

@@ -5,12 +5,14 @@ From canonical weights into the kernel's layout, and back where it offers a way.
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
+from quantplug.weight import ActivationParams
 from quantplug_testkit.bounds import dequantize_roundings, gamma, stored_error, unit_roundoff, weight_error
 from quantplug_testkit.canonical import transposed_weight, weight_tensors
 from quantplug_testkit.compare import assert_bitwise_equal, assert_within
@@ -44,14 +46,15 @@ class PrepareTests(Subject):
             assert tensor.device.type == case.device.type, f"{name} is on {tensor.device}, not on {case.device}"
 
     def test_prepare_leaves_the_weights_alone(self, family: Hazard) -> None:
-        """The canonical weights stay the caller's, bit by bit; running the layer does not change them either."""
-        weights = family.weights()
-        before = snapshot(_tensors(weights))
+        """What is handed over stays the caller's, bit by bit; running the layer does not change it either."""
+        weights, activation = family.weights(), family.activation()
+        given = {**_tensors(weights), **_stored(activation)}
+        before = snapshot(given)
         case = self.case(family)
-        case.prepared = self.kernel.prepare(family.problem, weights, family.activation(), case.device)
-        assert_unchanged(before, _tensors(weights), "prepare")
+        case.prepared = self.kernel.prepare(family.problem, weights, activation, case.device)
+        assert_unchanged(before, given, "prepare")
         case.apply(case.inputs(3))
-        assert_unchanged(before, _tensors(weights), "apply")
+        assert_unchanged(before, given, "apply")
 
     def test_preparing_twice_gives_the_same_bits(self, family: Hazard) -> None:
         """Equal weights give equal layouts."""
@@ -65,11 +68,12 @@ class PrepareTests(Subject):
         device = torch.device(self.device)
         kept = self.kernel.prepare(family.problem, family.weights(), family.activation(), device)
         addresses = {name: tensor.data_ptr() for name, tensor in kept.tensors.items()}
-        again = self.kernel.prepare(family.problem, family.weights(seed=1), family.activation(), device, out=kept)
+        other = (family.weights(seed=1), family.activation(seed=1))
+        again = self.kernel.prepare(family.problem, *other, device, out=kept)
         for holder, what in ((again, "what is returned"), (kept, "what was passed as out")):
             found = {name: tensor.data_ptr() for name, tensor in holder.tensors.items()}
             assert found == addresses, f"{what} lies elsewhere after prepare(out=): {found}, not {addresses}"
-        fresh = self.kernel.prepare(family.problem, family.weights(seed=1), family.activation(), device)
+        fresh = self.kernel.prepare(family.problem, *other, device)
         _assert_equal(again, fresh, "prepare(out=)")
 
     def test_prepare_takes_weights_of_any_stride(self, family: Hazard) -> None:
@@ -89,6 +93,7 @@ class PrepareTests(Subject):
         extra = case.extra_bytes
         held = case.prepared.nbytes
         entitled = sum(_bytes(weight) for weight in family.weights())
+        entitled += sum(tensor.nbytes for tensor in _stored(family.activation()).values())
         assert held <= entitled + extra, (
             f"{family.name} holds {held} bytes, with {entitled} for the weight and {extra} declared as extra"
         )
@@ -145,6 +150,15 @@ def _tensors(weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
         f"segment {number} {name}": tensor
         for number, weight in enumerate(weights)
         for name, tensor in weight_tensors(weight).items()
+    }
+
+
+def _stored(activation: Sequence[ActivationParams | None]) -> dict[str, torch.Tensor]:
+    return {
+        f"segment {number} {field.name} of x": tensor
+        for number, params in enumerate(activation)
+        for field in fields(ActivationParams)
+        if (tensor := getattr(params, field.name, None)) is not None
     }
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from quantplug.platform import Platform
 from quantplug.spec import ActivationSpec, ElementType, LinearProblem, SegmentSpec
+from quantplug_testkit.conformance.activations import ACTIVATIONS
 from quantplug_testkit.conformance.floats import FLOATS
 from quantplug_testkit.conformance.hazard import DTYPES, Hazard, weight
 from quantplug_testkit.conformance.integers import INTEGERS
 
 __all__ = ["CATALOGUE", "DTYPES", "PLATFORMS", "UNUSUAL", "Hazard"]
 
-CATALOGUE: tuple[Hazard, ...] = (*INTEGERS, *FLOATS)
+CATALOGUE: tuple[Hazard, ...] = (*INTEGERS, *FLOATS, *ACTIVATIONS)
 """Every family, in every dtype."""
 
 _PLAIN = (SegmentSpec(64, weight("uint4", 32)),)

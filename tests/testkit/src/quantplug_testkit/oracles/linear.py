@@ -11,14 +11,25 @@ A worked example, one row of two inputs and one output:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from quantplug_testkit.oracles.canonical import Floats
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def linear(x: Floats, values: Floats, bias: Floats | None = None) -> Floats:
     """Return `[M, N]` for x `[M, K]`, values `[N, K]` and bias `[N]`, all float64 and finite."""
     product = _sum_of_products(x, values)
+    return product if bias is None else product + bias
+
+
+def fused_linear(inputs: Sequence[Floats], values: Sequence[Floats], bias: Floats | None = None) -> Floats:
+    """Return `[M, N]` of a fused layer whose segments, values `[N_i, K]`, each have an x `[M, K]` of their own."""
+    product = np.concatenate([_sum_of_products(x, each) for x, each in zip(inputs, values, strict=True)], axis=1)
     return product if bias is None else product + bias
 
 
