@@ -28,6 +28,7 @@ NVFP4 = {
     "global_name": "weight_scale_2",
     "input_global_name": "input_scale",
 }
+MXFP4 = {"weight_name": "weight", "scale_name": "weight_scale"}
 W4A4 = {**NVFP4, "activation": "float4_e2m1fn/group16/dynamic/float8_e4m3fn+global"}
 FP8 = {"strategy": "tensor", "activation": "float8_e4m3fn/tensor/static"}
 LAYER = "model.layers.0.mlp.up_proj"
@@ -103,6 +104,9 @@ def refused(fields, code, text):
         ("fp8_pb_wo", "fp8", {"strategy": "block", "block_n": 128, "block_k": 128, "activation": "none"}),
         ("NVFP4", "nvfp4", W4A4),
         ("W4A16_NVFP4", "nvfp4", {**NVFP4, "activation": "none"}),
+        ("W4A8_NVFP4_FP8", "nvfp4", {**NVFP4, "activation": "float8_e4m3fn/tensor/static"}),
+        ("W4A8_MXFP4_FP8", "mxfp4", {**MXFP4, "activation": "float8_e4m3fn/tensor/static"}),
+        ("mxfp4", "mxfp4", {**MXFP4, "activation": "none"}),
         (
             "MXFP8",
             "mxfp8",
@@ -126,10 +130,7 @@ def test_every_algorithm_that_is_read_names_its_scheme(algo, scheme, params):
         ("NVFP4_SVD", "a low-rank product of the inputs is added"),
         ("W8A8_SQ_PER_CHANNEL", "pre_quant_scale"),
         ("INT8_SQ", "pre_quant_scale"),
-        ("W4A8_NVFP4_FP8", "activations are FP8"),
-        ("w4a8_mxfp4_fp8", "activations are FP8"),
-        ("MXFP4", "not certain"),
-        ("FP8_PB_REAL", "not stated anywhere"),
+        ("fp8_pb_real", "not stated anywhere"),
         ("FP8_BLOCK_SCALES", "weight_scale_inv"),
     ],
 )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MIXED = "MIXED_PRECISION"
 """The algorithm of a file whose layers differ; `quantized_layers` lists them."""
 
+_STATIC = "float8_e4m3fn/tensor/static"
 _NVFP4_ACTIVATION = "float4_e2m1fn/group16/dynamic/float8_e4m3fn+global"
 _MXFP8_ACTIVATION = "float8_e4m3fn/group32/dynamic/float8_e8m0fnu"
 
@@ -60,14 +61,22 @@ def _nvfp4(activation: str) -> Algorithm:
     return Algorithm(scheme, 4, "float", 16)
 
 
+def _mxfp4(activation: str) -> Algorithm:
+    scheme = _scheme("mxfp4", weight_name="weight", scale_name="weight_scale", activation=activation)
+    return Algorithm(scheme, 4, "float", 32)
+
+
 ALGORITHMS = {
-    "FP8": Algorithm(_scheme("fp8", strategy="tensor", activation="float8_e4m3fn/tensor/static"), 8, "float"),
+    "FP8": Algorithm(_scheme("fp8", strategy="tensor", activation=_STATIC), 8, "float"),
     "FP8_PER_CHANNEL_PER_TOKEN": Algorithm(
         _scheme("fp8", strategy="channel", activation="float8_e4m3fn/token/dynamic"), 8, "float"
     ),
     "FP8_PB_WO": Algorithm(_scheme("fp8", strategy="block", block_n=128, block_k=128, activation="none"), 8, "float"),
     "NVFP4": _nvfp4(_NVFP4_ACTIVATION),
     "W4A16_NVFP4": _nvfp4("none"),
+    "W4A8_NVFP4_FP8": _nvfp4(_STATIC),
+    "W4A8_MXFP4_FP8": _mxfp4(_STATIC),
+    "MXFP4": _mxfp4("none"),
     "MXFP8": Algorithm(_scheme("mxfp8", scale_name="weight_scale", activation=_MXFP8_ACTIVATION), 8, "float", 32),
     "W8A16": Algorithm(_scheme("int8", strategy="channel", activation="none"), 8, "int"),
 }
@@ -83,9 +92,6 @@ _REFUSED = {
     "W8A8_SQ_PER_CHANNEL": _PRESCALED,
     "INT8_SQ": _PRESCALED,
     "NVFP4_SVD": "a low-rank product of the inputs is added, and " + _PRESCALED,
-    "W4A8_NVFP4_FP8": "activations are FP8 with one stored scale, which the scheme of NVFP4 weights does not know",
-    "W4A8_MXFP4_FP8": "activations are FP8 with one stored scale, which the scheme of MXFP4 weights does not know",
-    "MXFP4": "no exporter is known to write it, so that the names of its tensors are not certain",
     "FP8_PB_REAL": "whether activations are quantized, and in which blocks, is not stated anywhere",
     "FP8_BLOCK_SCALES": "some tools write its scales as weight_scale, others as weight_scale_inv",
 }
