@@ -12,6 +12,7 @@ import quantplug
 from quantplug.inventory import Inventory, ModuleInfo
 from quantplug.platform import Platform
 from quantplug.plugins import registry
+from quantplug.policy import Policy
 from quantplug_testkit.bounds import linear_bound
 from quantplug_testkit.canonical import segment_of, to_float64
 from quantplug_testkit.compare import assert_within
@@ -36,7 +37,8 @@ def test_a_gptq_layer_with_act_order_loads_and_computes_on_the_device(tmp_path: 
     )
     config = {"model_type": "llama", "dtype": "bfloat16", "quantization_config": {"quant_method": "gptq", **params}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    plan = quantplug.plan(tmp_path, inventory=Inventory((ModuleInfo(PATH, "linear"),)))
+    policy = Policy.parse({"rule": [{"pin": "reference"}]}, "test")
+    plan = quantplug.plan(tmp_path, inventory=Inventory((ModuleInfo(PATH, "linear"),)), policy=policy)
     major, minor = torch.cuda.get_device_capability(cuda)
     assert (plan.platform.kind, plan.platform.arch) == (Platform.parse("cuda").kind, f"{major}.{minor}")
     assert plan.decisions[0].kernel == "reference"

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _decode(field, zero, KIND: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
+def _decode(field, zero, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
     """
     Return the values of codes in `dtype`, without their scale.
 
@@ -20,10 +20,15 @@ def _decode(field, zero, KIND: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.con
     float16 with the exponent as it stands, and multiplied by the difference of the two biases; a float16 has its
     subnormal numbers on every device.
     """
-    if KIND == 0:
-        return (field.to(tl.float32) - zero.to(tl.float32)).to(dtype)
-    if KIND == 1:
-        return (field.to(tl.float32) - MIDDLE).to(dtype)
+    if KIND <= 1:
+        # A code in the low bits of a power of two is their sum: one subtraction, and no conversion.
+        if dtype == tl.bfloat16 and BITS <= 4:
+            lifted = (field.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+            return lifted - (zero.to(tl.bfloat16) + 128.0 if KIND == 0 else 128.0 + MIDDLE)
+        if dtype == tl.float16:
+            lifted = (field.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+            return lifted - (zero.to(tl.float16) + 1024.0 if KIND == 0 else 1024.0 + MIDDLE)
+        return (field.to(tl.float32) - (zero.to(tl.float32) if KIND == 0 else MIDDLE)).to(dtype)
     bits = field.to(tl.int32)
     if KIND == 2:  # float8_e4m3fn: four exponent bits with bias 7
         half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
@@ -39,12 +44,24 @@ def _decode(field, zero, KIND: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
+def _scaled(product, scale):
+    """Return a product `[M, N]` times the scale `[N]` of each output."""
+    if scale.dtype == tl.uint8:
+        # float8_e8m0fnu reaches below float32's normal numbers, which a device may flush: two powers of two.
+        exponent = scale.to(tl.int32)
+        lower = ((exponent >> 1) + 64) << 23
+        upper = (exponent - (exponent >> 1) + 63) << 23
+        return product * lower.to(tl.float32, bitcast=True)[None, :] * upper.to(tl.float32, bitcast=True)[None, :]
+    return product * scale.to(tl.float32)[None, :]
+
+
+@triton.jit
 def multiply(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, columns_ptr, factor_ptr, bias_ptr, y_ptr,
     M, N, K, chunks, chunks_per_split, groups, per_group, rows_per_scale, scale_columns,
     stride_xm, stride_xk, stride_ym, stride_split,
     KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
+    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, ONE_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """
@@ -58,7 +75,7 @@ def multiply(
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     share = tl.program_id(2)
     places = tl.arange(0, CHUNK)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
 
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
     # 64 rows of the weight lie side by side; below them the bytes of all slots follow each other.
@@ -76,7 +93,19 @@ def multiply(
     last = tl.minimum(first + chunks_per_split, chunks)
     for chunk in range(first, last, FIELDS):
         octets = tl.load(code_ptrs + (chunk // FIELDS) * CHUNK * TILE_ROWS)
+        # Chunks that only fill the last byte up belong to no group; their x is 0.
+        offset = tl.minimum(chunk // per_group, groups - 1) * scale_columns
+        scale = tl.load(scale_ptrs + offset, mask=inside, other=0)
+        zero = scale
+        if KIND == 0:
+            zero = tl.load(zero_ptrs + offset, mask=inside, other=0)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for field in tl.static_range(FIELDS):
+            if field > 0 and not ONE_GROUP:
+                offset = tl.minimum((chunk + field) // per_group, groups - 1) * scale_columns
+                scale = tl.load(scale_ptrs + offset, mask=inside, other=0)
+                if KIND == 0:
+                    zero = tl.load(zero_ptrs + offset, mask=inside, other=0)
             slots = (chunk + field) * CHUNK + places
             if COLUMNS:
                 inputs = tl.load(columns_ptr + slots)
@@ -87,27 +116,15 @@ def multiply(
             x = tl.load(
                 x_rows + inputs.to(tl.int64)[None, :] * stride_xk, mask=(rows < M)[:, None] & taken[None, :], other=0.0
             )
-            # Chunks that only fill the last byte up belong to no group; their x is 0.
-            offset = tl.minimum((chunk + field) // per_group, groups - 1) * scale_columns
-            scale = tl.load(scale_ptrs + offset, mask=inside, other=0)
-            zero = scale
-            if KIND == 0:
-                zero = tl.load(zero_ptrs + offset, mask=inside, other=0)
             code = (octets >> (BITS * field)) & ((1 << BITS) - 1)
-            values = _decode(code, zero[None, :], KIND, MIDDLE, dtype)
+            values = _decode(code, zero[None, :], KIND, BITS, MIDDLE, dtype)
             if EXACT:
-                product = tl.dot(x.to(tl.float32), values.to(tl.float32), input_precision="ieee")
+                product = tl.dot(x.to(tl.float32), values, product, input_precision="ieee")
             else:
-                product = tl.dot(x, values)
-            if scale.dtype == tl.uint8:
-                # float8_e8m0fnu reaches below float32's normal numbers, which a device may flush: two powers of two.
-                exponent = scale.to(tl.int32)
-                lower = ((exponent >> 1) + 64) << 23
-                upper = (exponent - (exponent >> 1) + 63) << 23
-                product *= lower.to(tl.float32, bitcast=True)[None, :]
-                total += product * upper.to(tl.float32, bitcast=True)[None, :]
-            else:
-                total += product * scale.to(tl.float32)[None, :]
+                product = tl.dot(x, values, product)
+            if field == FIELDS - 1 or not ONE_GROUP:
+                total += _scaled(product, scale)
+                product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     keep = (rows < M)[:, None] & inside[None, :]
     y_ptrs = y_ptr + share.to(tl.int64) * stride_split + rows.to(tl.int64)[:, None] * stride_ym + outputs[None, :]

@@ -5,6 +5,7 @@ How many programs of which size a product is cut into, and the operator that lau
 from __future__ import annotations
 
 from functools import cache
+from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ Triton's interpreter multiplies bfloat16 tiles as if they were integers, and cut
 Products are the same in float32, and torch rounds the result.
 """
 
-_WAVES = 4
-"""Programs per multiprocessor that a small product is cut into: enough loads under way to keep the memory busy."""
+_PROGRAMS = 3.5
+"""Programs per multiprocessor that a small product is cut into, at least: enough loads under way to keep memory busy."""
 
 _MOST_SHARES = 16
 
@@ -38,23 +39,21 @@ class Cut(NamedTuple):
     shares: int
 
 
-def cut(rows: int, outputs: int, bytes_of_chunks: int, processors: int) -> Cut:
+def cut(rows: int, outputs: int, steps: int, processors: int) -> Cut:
     """
     Return how a product is cut.
 
     Args:
         rows: M.
         outputs: N.
-        bytes_of_chunks: steps that the loop over chunks takes, each of `8 / bits` chunks.
+        steps: of the loop over chunks; each covers `8 / bits` of them.
         processors: multiprocessors of the device.
     """
     block_m = min(64, max(16, triton.next_power_of_2(max(1, rows))))
     block_n = 128 if rows > 64 and outputs >= 128 else TILE_ROWS
     tiles = triton.cdiv(max(1, rows), block_m) * triton.cdiv(outputs, block_n)
-    shares = max(1, min(_MOST_SHARES, bytes_of_chunks // 2, (_WAVES * processors) // tiles))
-    return Cut(
-        block_m, block_n, 4, 4 if rows <= 64 else 3, triton.next_power_of_2(shares + 1) // 2 if shares > 1 else 1
-    )
+    wanted = triton.next_power_of_2(ceil(_PROGRAMS * processors / tiles))
+    return Cut(block_m, block_n, 4, 4 if rows <= 64 else 3, max(1, min(_MOST_SHARES, steps // 2, wanted)))
 
 
 @cache
@@ -88,7 +87,7 @@ def _linear(
         x.stride(0), x.stride(1), outputs, rows * outputs,
         KIND=kind, BITS=bits, MIDDLE=middle, CHUNK=chunk,
         COLUMNS=columns is not None, FACTOR=whole and factor is not None, BIAS=whole and bias is not None,
-        EXACT=x.dtype == torch.float32 or _INTERPRETED,
+        EXACT=x.dtype == torch.float32 or _INTERPRETED, ONE_GROUP=per_group % fields == 0,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, TILE_ROWS=TILE_ROWS,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
