@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug.spec import PerGroup, PerTensor, group_count
+from quantplug.spec import ElementType, PerBlock, PerGroup, scale_shape
 from quantplug.weight import Prepared
 from quantplug_cpu.fit import FAST_DTYPE
 
@@ -31,27 +31,40 @@ def check(segments: Sequence[Weight], in_features: int) -> None:
     for weight in segments:
         if weight.scales.dtype != segments[0].scales.dtype:
             raise ValueError(f"scales are {segments[0].scales.dtype} and {weight.scales.dtype}")
-        n, k = weight.codes.shape
-        if k != in_features:
-            raise ValueError(f"codes have {k} inputs, not {in_features}")
-        wanted = torch.int8 if weight.spec.element.signed else torch.uint8
-        if weight.codes.dtype != wanted:
-            raise ValueError(f"codes are {weight.codes.dtype}, not {wanted}")
-        groups = group_count(weight.spec.granularity, k)
-        if weight.g_idx is not None:
-            if not weight.spec.act_order:
-                raise ValueError(f"g_idx is there for {weight.spec.describe()}")
-            if isinstance(weight.spec.granularity, PerGroup):
-                groups = weight.scales.shape[1]
-            _check_g_idx(weight.g_idx, k, groups)
-        shape = (1 if isinstance(weight.spec.granularity, PerTensor) else n, groups)
-        if weight.scales.shape != shape:
-            raise ValueError(f"scales are {list(weight.scales.shape)}, not {list(shape)}")
-        if (weight.zeros is None) != weight.spec.element.signed:
-            there = "missing" if weight.zeros is None else "there"
-            raise ValueError(f"zero points are {there} for {weight.spec.element}")
-        if weight.zeros is not None and weight.zeros.shape != shape:
-            raise ValueError(f"zero points are {list(weight.zeros.shape)}, not {list(shape)}")
+        check_shapes(weight, in_features)
+
+
+def check_shapes(weight: Weight, in_features: int) -> None:
+    """
+    Check that the tensors of a weight are what its contract says.
+
+    Raises:
+        ValueError: names the tensor, what it is and what it must be.
+    """
+    spec = weight.spec
+    n, k = weight.codes.shape
+    if k != in_features:
+        raise ValueError(f"codes have {k} inputs, not {in_features}")
+    wanted = _code_dtype(spec.element)
+    if weight.codes.dtype != wanted:
+        raise ValueError(f"codes are {weight.codes.dtype}, not {wanted}")
+    rows, groups = scale_shape(spec.granularity, n, k)
+    if weight.g_idx is not None:
+        if not spec.act_order:
+            raise ValueError(f"g_idx is there for {spec.describe()}")
+        if isinstance(spec.granularity, (PerGroup, PerBlock)):
+            groups = weight.scales.shape[1]
+        _check_g_idx(weight.g_idx, k, groups)
+    shape = (rows, groups)
+    if weight.scales.shape != shape:
+        raise ValueError(f"scales are {list(weight.scales.shape)}, not {list(shape)}")
+    if (weight.zeros is None) != spec.element.signed:
+        there = "missing" if weight.zeros is None else "there"
+        raise ValueError(f"zero points are {there} for {spec.element}")
+    if weight.zeros is not None and weight.zeros.shape != shape:
+        raise ValueError(f"zero points are {list(weight.zeros.shape)}, not {list(shape)}")
+    if (weight.global_scale is None) == spec.global_scale:
+        raise ValueError(f"a global scale is {'missing' if spec.global_scale else 'there'} for {spec.describe()}")
 
 
 def survives(segments: Sequence[Weight], held: torch.dtype) -> bool:
@@ -92,6 +105,13 @@ def place(
     if found != wanted or out.meta != meta:
         raise ValueError("the new weights do not fit in place of the old ones: their inputs are grouped otherwise")
     return out
+
+
+def _code_dtype(element: ElementType) -> torch.dtype:
+    if element is ElementType.FLOAT4_E2M1FN or not element.signed:
+        return torch.uint8
+    dtype: torch.dtype = getattr(torch, element) if element.floating else torch.int8
+    return dtype
 
 
 def _check_g_idx(g_idx: torch.Tensor, inputs: int, groups: int) -> None:

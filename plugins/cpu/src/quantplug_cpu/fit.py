@@ -1,5 +1,5 @@
 """
-What both kernels ask of a problem before they look at its numbers.
+What the kernels ask of a problem before they look at its numbers.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Cast, Rejected
-from quantplug.spec import PerBlock, PerGroup, PerTensor, group_count
+from quantplug.spec import PerBlock, PerGroup, scale_shape
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -20,14 +20,37 @@ MANY_ROWS = {1: 56, 2: 28}
 """Rows from which on dequantized tiles beat the packed operator, by nibbles per code; see benchmarks/README.md."""
 
 SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-"""Scale dtypes that are taken."""
+"""Scale dtypes that the packed operators take."""
 
-_DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Activation dtypes that are taken."""
+
+ALL_SCALE_BYTES = {**SCALE_BYTES, "float8_e8m0fnu": 1, "float8_e4m3fn": 1}
+"""Scale dtypes that there are."""
+
+
+def refuse_anywhere(problem: LinearProblem, platform: Platform) -> Rejected | None:
+    """Return why no CPU kernel of this plugin runs the problem, whatever its numbers are, or None."""
+    if platform.kind != "cpu":
+        return Rejected("platform", f"runs on cpu, not on {platform}")
+    if problem.dtype not in DTYPE_BYTES:
+        return Rejected("dtype", f"activation dtype {problem.dtype}", f"use one of {', '.join(DTYPE_BYTES)}")
+    sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
+    for name, size in sizes:
+        if size < 1:
+            return Rejected("shape", f"{name} is {size}", "at least 1")
+    for segment in problem.segments:
+        match segment.weight.granularity:
+            case PerGroup(size=size) if size < 1:
+                return Rejected("granularity", f"group size {size}", "at least 1")
+            case PerBlock(n=n, k=k) if n < 1 or k < 1:
+                return Rejected("granularity", f"blocks of {n} x {k}", "at least 1 x 1")
+    return None
 
 
 def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], other: str) -> Rejected | None:
     """
-    Return why no CPU kernel of this plugin runs the problem, or None.
+    Return why the packed operators do not run the problem, or None.
 
     Args:
         problem: what is to run.
@@ -35,10 +58,9 @@ def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], ot
         bits: widths of codes the kernel takes.
         other: name of the kernel for the other widths.
     """
-    if platform.kind != "cpu":
-        return Rejected("platform", f"runs on cpu, not on {platform}")
-    if problem.dtype not in _DTYPES:
-        return Rejected("dtype", f"activation dtype {problem.dtype}", f"use one of {', '.join(_DTYPES)}")
+    refusal = refuse_anywhere(problem, platform)
+    if refusal is not None:
+        return refusal
     if not problem.uniform:
         kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
         return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")
@@ -48,29 +70,25 @@ def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], ot
     if weight.element.bits not in bits:
         return Rejected("element", f"{weight.element} has {weight.element.bits} bits", f"{other} takes it")
     if weight.scale_dtype not in SCALE_BYTES:
-        return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}")
+        return Rejected(
+            "dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}, or cpu.dense"
+        )
     if weight.global_scale:
         return Rejected("dtype", "a global scale multiplies the scales", "cpu.dense takes it")
     if isinstance(weight.granularity, PerBlock):
         shared = f"{weight.granularity.n} x {weight.granularity.k}"
         return Rejected("granularity", f"scales are shared by blocks of {shared}", "cpu.dense takes them")
-    sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
-    for name, size in sizes:
-        if size < 1:
-            return Rejected("shape", f"{name} is {size}", "at least 1")
-    if isinstance(weight.granularity, PerGroup) and weight.granularity.size < 1:
-        return Rejected("granularity", f"group size {weight.granularity.size}", "at least 1")
     return None
 
 
 def entitled_bytes(problem: LinearProblem) -> int:
-    """Return the bytes of codes at their width, scales, zero points and g_idx."""
+    """Return the bytes of codes at their width, scales, zero points and g_idx, without the few of a global scale."""
     total = 0
     for segment in problem.segments:
         weight, n, k = segment.weight, segment.out_features, problem.in_features
-        rows = 1 if isinstance(weight.granularity, PerTensor) else n
-        per_group = SCALE_BYTES[weight.scale_dtype] + weight.zero_points
-        total += -(-n * k * weight.element.bits // 8) + rows * group_count(weight.granularity, k) * per_group
+        rows, groups = scale_shape(weight.granularity, n, k)
+        per_scale = ALL_SCALE_BYTES[weight.scale_dtype] + weight.zero_points
+        total += -(-n * k * weight.element.bits // 8) + rows * groups * per_scale
         total += 4 * k if weight.act_order else 0
     return total
 

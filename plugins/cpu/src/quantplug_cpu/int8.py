@@ -68,7 +68,7 @@ class Int8Kernel(LinearKernel):
             from quantplug_cpu.rowwise import prepare as prepare_rowwise
 
             import_product(0)
-            return prepare_rowwise(problem, segments, self.layout_id, out)
+            return prepare_rowwise(problem, segments, activation, self.layout_id, out)
         from quantplug_cpu.prepare import prepare
 
         import_product(2)
@@ -109,9 +109,25 @@ def keeps_bytes(problem: LinearProblem) -> bool:
     return weight.element.signed
 
 
+def padded(inputs: int) -> int:
+    """Return the number of inputs that are held, the empty ones included."""
+    return -(-inputs // STEP) * STEP
+
+
+def bytes_extra(problem: LinearProblem) -> int:
+    """Return the bytes beyond the file's own where codes keep their bytes."""
+    weight, n, k = problem.segments[0].weight, problem.out_features, problem.in_features
+    held = 1 + n * (padded(k) + SCALE_BYTES[FAST_DTYPE if problem.dtype == FAST_DTYPE else weight.scale_dtype])
+    held += 4 * k * len(problem.segments) if weight.act_order else 0
+    if problem.activation is not None:
+        # What cpu.w8a8 multiplies with: a scale and an offset per row, and what is stored about x.
+        held += n * 8 + len(problem.segments) * 8
+    return max(0, held - entitled_bytes(problem))
+
+
 def _bytes_verdict(problem: LinearProblem) -> Verdict:
     weight, n, k = problem.segments[0].weight, problem.out_features, problem.in_features
-    held_inputs = -(-k // STEP) * STEP
+    held_inputs = padded(k)
     fast = problem.dtype == FAST_DTYPE
     casts: list[Cast] = []
     if fast:
@@ -120,12 +136,10 @@ def _bytes_verdict(problem: LinearProblem) -> Verdict:
     notes = [] if held_inputs == k else [f"x is filled up from {k} to {held_inputs} inputs"]
     if not fast:
         notes.append(f"dequantizes tiles to float32 at every call; {FAST_DTYPE} has an operator of its own")
-    held = 1 + n * (held_inputs + SCALE_BYTES[FAST_DTYPE if fast else weight.scale_dtype])
-    held += 4 * k * len(problem.segments) if weight.act_order else 0
     return Accepted(
         (_OPERATOR if fast else TILES).cost(n * held_inputs),
         casts=tuple(casts),
-        extra_bytes=max(0, held - entitled_bytes(problem)),
+        extra_bytes=bytes_extra(problem),
         notes=tuple(notes),
     )
 

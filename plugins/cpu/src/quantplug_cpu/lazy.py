@@ -17,15 +17,21 @@ if TYPE_CHECKING:
 
     Product = Callable[[torch.Tensor, Prepared, torch.Tensor | None], torch.Tensor]
 
-PRODUCTS: dict[int, Product] = {}
-"""By the number of nibbles that a code is packed as, 0 when it keeps its byte."""
+PRODUCTS: dict[int | str, Product] = {}
+"""
+By the number of nibbles that a code is packed as, 0 when it keeps its byte; by name where there is no choice.
+"""
 
 
-def import_product(planes: int) -> Product:
+def import_product(key: int | str) -> Product:
     """Import one of the functions and keep it in `PRODUCTS`."""
-    if planes:
+    if key == "dense":
+        from quantplug_cpu.whole import multiply
+    elif key == "w8a8":
+        from quantplug_cpu.quantized import multiply
+    elif key:
         from quantplug_cpu.product import multiply
     else:
         from quantplug_cpu.rowwise import multiply
-    PRODUCTS[planes] = multiply
+    PRODUCTS[key] = multiply
     return multiply

@@ -11,17 +11,19 @@ import torch
 
 from quantplug.spec import PerTensor
 from quantplug.weight import Weight
+from quantplug_cpu import quantized
 from quantplug_cpu.checks import check, place, refuse_rounded, survives
 from quantplug_cpu.fit import FAST_DTYPE
 from quantplug_cpu.int8 import STEP
 from quantplug_cpu.ops import differentiate, register
 from quantplug_cpu.tiles import tiles
+from quantplug_cpu.w8a8 import takes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantplug.spec import LinearProblem
-    from quantplug.weight import Prepared
+    from quantplug.weight import ActivationParams, Prepared
     from quantplug_cpu.checks import Place
 
 _MANY_ROWS, _MANY_ROWS_LARGE = 24, 16
@@ -33,23 +35,27 @@ _PIECE_BYTES = 1 << 20
 
 
 def rowwise_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """
     Return `[M, N]`, x times codes, times scales, plus bias, in the dtype of x.
 
-    Codes are exact in bfloat16, so that only the sum is rounded, and then once more with scale and bias.
+    Codes are exact in the dtype of x, so that only the sum is rounded, and then once more with scale and bias.
 
     Args:
         x: `[M, K]`, bfloat16 or float32.
-        codes: int8 `[N, K]`.
-        scales: `[N]`.
+        codes: int8 `[N, K]`; or, for x in float32, float16 values.
+        scales: `[N]`, or None for 1.
         bias: `[N]` or None.
     """
     y = x.new_empty(x.shape[0], codes.shape[0])
-    scales = scales.to(x.dtype)
+    scales = None if scales is None else scales.to(x.dtype)
     for begin, end in tiles(*codes.shape):
-        product = torch.nn.functional.linear(x, codes[begin:end].to(x.dtype))
+        values = codes[begin:end].to(x.dtype)
+        if scales is None:
+            y[:, begin:end] = torch.nn.functional.linear(x, values, None if bias is None else bias[begin:end])
+            continue
+        product = torch.nn.functional.linear(x, values)
         if bias is None:
             torch.mul(product, scales[begin:end], out=y[:, begin:end])
         else:
@@ -57,11 +63,17 @@ def rowwise_linear(
     return y
 
 
-def prepare(problem: LinearProblem, segments: Sequence[Weight], layout_id: str, out: Prepared | None) -> Prepared:
+def prepare(
+    problem: LinearProblem,
+    segments: Sequence[Weight],
+    activation: Sequence[ActivationParams | None],
+    layout_id: str,
+    out: Prepared | None,
+) -> Prepared:
     """
     Return codes `[N, K]` with K filled up to a multiple of `STEP`, and a scale per row.
 
-    Canonical codes that already lie so are kept without a copy.
+    Canonical codes that already lie so are kept without a copy. Where x may be quantized, what that takes is there.
 
     Raises:
         ValueError: a tensor does not have the shape or dtype that the contract says.
@@ -77,6 +89,8 @@ def prepare(problem: LinearProblem, segments: Sequence[Weight], layout_id: str, 
         "scales.0": ((n,), held),
         **{f"g_idx.{i}": ((k,), torch.int32) for i, weight in enumerate(segments) if weight.g_idx is not None},
     }
+    if takes(problem.activation):
+        wanted |= quantized.places(segments, activation)
     large = n * k >= _LARGE_WEIGHTS
     meta = {"planes": 0, "pad": pad, "many": (_MANY_ROWS_LARGE if large else _MANY_ROWS) if fast else 0}
     codes = segments[0].codes
@@ -94,6 +108,8 @@ def prepare(problem: LinearProblem, segments: Sequence[Weight], layout_id: str, 
     for number, weight in enumerate(segments):
         if weight.g_idx is not None:
             result.tensors[f"g_idx.{number}"].copy_(weight.g_idx)
+    if "row_scales" in wanted:
+        quantized.fill(result, segments, activation)
     return result
 
 
@@ -113,16 +129,16 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
         if bias is not None:
             y.add_(bias)
     elif prepared.problem.dtype == FAST_DTYPE:
-        y = _TILES(flat, tensors["codes.0"], tensors["scales.0"], bias)
+        y = linear_by_rows(flat, tensors["codes.0"], tensors["scales.0"], bias)
     else:
         bias = None if bias is None else bias.to(torch.float32)
-        y = _TILES(flat.to(torch.float32), tensors["codes.0"], tensors["scales.0"], bias).to(x.dtype)
+        y = linear_by_rows(flat.to(torch.float32), tensors["codes.0"], tensors["scales.0"], bias).to(x.dtype)
     return y.unsqueeze(0) if sequence else y
 
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
     """Return the values `[N, K]`."""
-    codes, scales = prepared.tensors["codes.0"], prepared.tensors["scales.0"].to(torch.float32)
+    codes, scales = prepared.tensors["codes.0"], _best_scales(prepared).to(torch.float32)
     values = torch.empty(codes.shape[0], prepared.problem.in_features, dtype=dtype)
     for begin, end in tiles(*codes.shape):
         exact = codes[begin:end, : values.shape[1]].to(torch.float32)
@@ -137,8 +153,9 @@ def unprepare(prepared: Prepared, kernel: str) -> tuple[Weight, ...]:
     Raises:
         NotImplementedError: scales were rounded to bfloat16 on the way in.
     """
-    refuse_rounded(prepared, kernel)
-    codes, scales = prepared.tensors["codes.0"], prepared.tensors["scales.0"].unsqueeze(1)
+    if "row_scales" not in prepared.tensors:
+        refuse_rounded(prepared, kernel)
+    codes, scales = prepared.tensors["codes.0"], _best_scales(prepared).unsqueeze(1)
     weights: list[Weight] = []
     row = 0
     for number, segment in enumerate(prepared.problem.segments):
@@ -155,6 +172,12 @@ def unprepare(prepared: Prepared, kernel: str) -> tuple[Weight, ...]:
             )
         )
     return tuple(weights)
+
+
+def _best_scales(prepared: Prepared) -> torch.Tensor:
+    """Return the scales `[N]`, in float32 where x may be quantized."""
+    exact = prepared.tensors.get("row_scales")
+    return prepared.tensors["scales.0"] if exact is None else exact
 
 
 def _copy_codes(segments: Sequence[Weight], out: torch.Tensor, inputs: int) -> None:
@@ -175,7 +198,7 @@ def _copy_codes(segments: Sequence[Weight], out: torch.Tensor, inputs: int) -> N
             target[:, begin : begin + source.shape[1]] = source
 
 
-def _fake(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _fake(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
@@ -187,12 +210,13 @@ def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, torch.Tensor | None]:
     codes, scales = ctx.saved_tensors
-    back = torch.mm(grad * scales.to(ctx.dtype), codes.to(ctx.dtype))
+    scaled = grad if scales is None else grad * scales.to(ctx.dtype)
+    back = torch.mm(scaled, codes.to(ctx.dtype))
     return back, None, None, grad.sum(0) if ctx.bias else None
 
 
 _OPERATOR = torch.ops.aten._weight_int8pack_mm.default
-_TILES = register(
-    "rowwise_linear", "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", rowwise_linear, _fake
+linear_by_rows = register(
+    "rowwise_linear", "(Tensor x, Tensor codes, Tensor? scales, Tensor? bias) -> Tensor", rowwise_linear, _fake
 )
 differentiate("rowwise_linear", _keep_operands, _backward)
