@@ -16,7 +16,7 @@ What is wrong, and where the bounds come from:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _INPUT = "input"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMMON = "float16"
 _E8M0 = "float8_e8m0fnu"
 _EXPONENTS = {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7C}
 """Float8 dtype -> magnitude of the first byte that is no finite number."""
@@ -212,17 +213,19 @@ def _look(one: _Stored, tensor: torch.Tensor, dtype: str, faults: _Faults) -> No
     if one.dtype:
         tensor = tensor.view(getattr(torch, one.dtype))
     values = tensor.to(torch.float32).reshape(-1)
-    broken = ~values.isfinite()
-    if bool(broken.any()):
+    low, high = (float(value) for value in values.aminmax())
+    if not (isfinite(low) and isfinite(high)):
+        broken = ~values.isfinite()
         faults.add("QP-ST-SCALE", "error", "are NaN or infinite", _DAMAGED, one.name, _share(broken, values))
         return
-    low, high = (float(value) for value in values.aminmax())
     if low < 0 and not one.signed:
         what = "are negative" if not one.divides else "are negative, where x or a scale is divided by them"
         faults.add("QP-ST-SCALE", "error", what, _DAMAGED, one.name, _share(values < 0, values))
     if low <= 0 <= high:
         _look_at_zeros(one, values, faults)
-    _look_at_size(one, tensor, values, max(-low, high), dtype, faults)
+    if tensor.dtype in _FLOATS and low < torch.finfo(tensor.dtype).tiny:
+        _look_at_small(one, values, tensor.dtype, faults)
+    _look_at_size(one, values.numel(), max(-low, high), dtype, faults)
 
 
 def _look_at_zeros(one: _Stored, values: torch.Tensor, faults: _Faults) -> None:
@@ -241,29 +244,31 @@ def _look_at_zeros(one: _Stored, values: torch.Tensor, faults: _Faults) -> None:
         )  # fmt: skip
 
 
-def _look_at_size(
-    one: _Stored, tensor: torch.Tensor, values: torch.Tensor, largest: float, dtype: str, faults: _Faults
-) -> None:
-    if tensor.dtype in _FLOATS:
-        small = (values != 0) & (values.abs() < torch.finfo(tensor.dtype).tiny)
-        if bool(small.any()):
-            held = str(tensor.dtype).removeprefix("torch.")
-            faults.add(
-                "QP-LINT-TINY", "warning", f"are subnormal in {held}",
-                "Many processors take such numbers for 0; store these scales in a wider dtype.",
-                one.name, _share(small, values),
-            )  # fmt: skip
+def _look_at_small(one: _Stored, values: torch.Tensor, dtype: torch.dtype, faults: _Faults) -> None:
+    small = (values != 0) & (values.abs() < torch.finfo(dtype).tiny)
+    if not bool(small.any()):
+        return
+    held = str(dtype).removeprefix("torch.")
+    faults.add(
+        "QP-LINT-TINY", "warning", f"are subnormal in {held}",
+        "Many processors take such numbers for 0; store these scales in a wider dtype.", one.name,
+        _share(small, values),
+    )  # fmt: skip
+
+
+def _look_at_size(one: _Stored, count: int, largest: float, dtype: str, faults: _Faults) -> None:
     reach = largest * one.largest
-    for limit, severity in ((dtype, "error"), ("float16", "warning")):
+    limits: tuple[tuple[str, Severity], ...] = ((dtype, "error"), (_COMMON, "warning"))
+    for limit, severity in limits:
         bound = torch.finfo(getattr(torch, limit)).max
         if reach > bound:
             faults.add(
                 "QP-LINT-HUGE",
-                "error" if severity == "error" else "warning",
+                severity,
                 f" makes weights of up to {reach:.3g}, beyond what {limit} holds ({bound:.3g})",
                 "The scale was damaged, or belongs to another tensor; no published model has weights that large.",
                 one.name,
-                f"the largest of {values.numel()} scale(s), {largest:.3g},",
+                f"the largest of {count:,} scale(s), {largest:.3g},",
             )
             return
 

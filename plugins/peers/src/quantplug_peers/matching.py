@@ -66,11 +66,17 @@ def suffixes(entries: Sequence[str]) -> Listed:
 def component_runs(entries: Sequence[str]) -> Listed:
     """Match runs of whole components anywhere; dots at the end of an entry do not count."""
     runs = frozenset(entry.rstrip(".") for entry in entries)
+    lengths: dict[str, set[int]] = {}
+    for run in runs:
+        lengths.setdefault(run.partition(".")[0], set()).add(run.count(".") + 1)
 
     def listed(path: str) -> bool:
         parts = path.rstrip(".").split(".")
-        size = len(parts)
-        return any(".".join(parts[a:b]) in runs for a in range(size) for b in range(a + 1, size + 1))
+        return any(
+            ".".join(parts[start : start + length]) in runs
+            for start, part in enumerate(parts)
+            for length in lengths.get(part, ())
+        )
 
     return listed
 
