@@ -13,6 +13,7 @@ from quantplug.kernel import Accepted, Cost, Rejected, Traits
 from quantplug.platform import Platform
 from quantplug.reference import ReferenceKernel
 from quantplug_testkit.conformance import CATALOGUE, LinearKernelConformance, standard_tests
+from quantplug_testkit.quantizing import QuantizingKernel
 
 
 class Picky(ReferenceKernel):
@@ -51,9 +52,23 @@ def test_dtypes_take_turns_among_families():
         kernel = ReferenceKernel()
 
     families = Reference().families()
-    assert len(families) == len({hazard.family for hazard in CATALOGUE}) == len(CATALOGUE) // 3
+    unused = {hazard.family for hazard in CATALOGUE if hazard.problem.activation is not None}
+    assert len(families) == len({hazard.family for hazard in CATALOGUE} - unused) + 1
+    assert len(CATALOGUE) == 3 * len({hazard.family for hazard in CATALOGUE})
     counts = [sum(hazard.problem.dtype == dtype for hazard in families) for dtype in ("bfloat16", "float16", "float32")]
     assert max(counts) - min(counts) <= 1
+
+
+def test_permissions_that_a_kernel_uses_are_tried_all():
+    """One that leaves x as it is gets a single family of them, which show nothing new."""
+
+    class Quantizing(LinearKernelConformance):
+        kernel = QuantizingKernel()
+
+    permitted = {hazard.family for hazard in CATALOGUE if hazard.problem.activation is not None}
+    assert {hazard.family for hazard in Quantizing().accepted()} == permitted
+    spared = [hazard for hazard in Conformance().accepted() if hazard.problem.activation is not None]
+    assert len({hazard.family for hazard in spared}) == 1
 
 
 def test_an_untouched_class_is_intact():

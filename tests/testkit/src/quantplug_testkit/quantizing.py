@@ -90,7 +90,11 @@ class QuantizingKernel(ReferenceKernel):
         spec = prepared.problem.activation
         if spec is None:
             raise ValueError("the file does not permit to quantize x")
-        return fake_quantize(rows, spec, self.params(prepared, number))
+        return self.quantize(rows, spec, self.params(prepared, number))
+
+    def quantize(self, rows: torch.Tensor, spec: ActivationSpec, params: ActivationParams) -> torch.Tensor:
+        """Return what float32 rows `[M, K]` become by one permission."""
+        return fake_quantize(rows, spec, params)
 
 
 def fake_quantize(x: torch.Tensor, spec: ActivationSpec, params: ActivationParams) -> torch.Tensor:

@@ -44,15 +44,22 @@ class Subject:
         """
         Return the hazards that the kernel accepts on the platform.
 
-        Where it needs uniform segments, it is asked about no others: the core would split such a layer.
+        Where it needs uniform segments, it is asked about no others: the core would split such a layer. Problems whose
+        permission to quantize x it leaves unused are those of the weights alone, and the first family will do.
         """
         uniform_only = self.kernel.traits.uniform_segments
-        return [
-            hazard
-            for hazard in CATALOGUE
-            if (hazard.problem.uniform or not uniform_only)
-            and isinstance(self.kernel.supports(hazard.problem, self.platform), Accepted)
-        ]
+        found: list[Hazard] = []
+        unused = ""
+        for hazard in CATALOGUE:
+            verdict = self.kernel.supports(hazard.problem, self.platform)
+            if not isinstance(verdict, Accepted) or (uniform_only and not hazard.problem.uniform):
+                continue
+            if hazard.problem.activation is not None and not verdict.quantizes_x:
+                unused = unused or hazard.family
+                if hazard.family != unused:
+                    continue
+            found.append(hazard)
+        return found
 
     def case(self, hazard: Hazard) -> Case:
         """Return the kernel prepared for a hazard."""

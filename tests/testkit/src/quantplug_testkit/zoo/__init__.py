@@ -7,15 +7,15 @@ Each says in its docstring what is wrong, and in `caught_by` which conformance t
 
 from __future__ import annotations
 
-from quantplug_testkit.zoo import calls, promises, results, weights
+from quantplug_testkit.zoo import calls, floats, inputs, promises, results, weights
 from quantplug_testkit.zoo.broken import Broken, Misread
 
 __all__ = ["ZOO", "Broken"]
 
 ZOO: tuple[type[Broken], ...] = tuple(
     kind
-    for module in (weights, results, calls, promises)
+    for module in (weights, floats, results, inputs, calls, promises)
     for kind in vars(module).values()
-    if isinstance(kind, type) and issubclass(kind, Broken) and kind not in (Broken, Misread)
+    if isinstance(kind, type) and issubclass(kind, Broken) and kind not in (Broken, Misread, inputs.Misquantizer)
 )
 """Every broken kernel, to be instantiated without arguments."""
