@@ -1,5 +1,5 @@
 """
-Files that auto-round wrote, in its own spelling and in that of GPTQ: configurations, bytes, and dequantized weights.
+Files that auto-round wrote, in its own spelling and in those of GPTQ and AWQ: configurations, bytes, values.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from quantplug.matcher import Matcher
 from quantplug.plugins import registry
 
 GOLDEN = Path(__file__).parent / "golden"
-DTYPES = {"I32": torch.int32, "F16": torch.float16}
+DTYPES = {
+    "I32": torch.int32, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32,
+}  # fmt: skip
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+QUANTIZED = {"qweight", "weight_packed", "weight_scale", "weight_scale_inv"}
 
 
 def read(case: str) -> dict:
@@ -38,17 +42,24 @@ def resolved(document: dict, directory: Path):
     return resolve_config(directory, registry())
 
 
+def same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors are the same bits; single numbers and columns of them may have one axis more or less."""
+    return one.dtype == two.dtype and torch.equal(
+        one.contiguous().view(-1).view(torch.uint8), two.contiguous().view(-1).view(torch.uint8)
+    )
+
+
 def test_the_cases_are_all_there():
-    """Three packing formats, every width, both symmetries, layers of their own, and files in GPTQ's spelling."""
-    assert len(CASES) == 11
+    """Four packings of integers, every width, both symmetries, layers of their own; FP8 in three forms, MX, NVFP4."""
+    assert len(CASES) == 22
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_decode_agrees_with_auto_round_bit_for_bit_and_encode_gives_its_bytes(case, tmp_path):
-    """Its symmetric files have negative scales, its zero points three ways of being stored."""
+    """Its symmetric files have negative scales, its zero points four ways of being stored."""
     document = read(case)
     config = resolved(document, tmp_path)
-    assert config.dialect == ("gptq" if case.startswith("ar-gptq") else "auto-round")
+    assert config.dialect == {"ar-gptq": "gptq", "ar-awq-": "awq"}.get(case[:7], "auto-round")
     matcher = Matcher(config.rules, config.default)
     for path, layer in document["layers"].items():
         tensors = {suffix: tensor(spelled) for suffix, spelled in layer["tensors"].items()}
@@ -56,10 +67,19 @@ def test_decode_agrees_with_auto_round_bit_for_bit_and_encode_gives_its_bytes(ca
         scheme = registry().schemes[use.name].item.build(dict(use.params), case)
         shape = scheme.shape_of({suffix: tuple(stored.shape) for suffix, stored in tensors.items()}, path)
         weight = scheme.decode(tensors, shape, path)
-        assert torch.equal(weight.dequantize(torch.float16), tensor(layer["dequantized"])), path
-        encoded = scheme.encode(weight)
+        if layer["dequantized"] is not None:
+            expected = tensor(layer["dequantized"])
+            if use.name == "nvfp4":
+                # auto-round rounds a reciprocal, its product with the code and that with the scale; here two products
+                # are rounded. Each time by 2^-24 at most.
+                assert torch.allclose(weight.dequantize(), expected, rtol=5 * 2.0**-24, atol=0), path
+            else:
+                assert torch.equal(weight.dequantize(expected.dtype), expected), path
+        encoded = scheme.encode(weight, scheme.decode_activation(tensors, path))
         assert encoded.keys() - tensors.keys() <= {"g_idx"}
-        assert all(torch.equal(encoded[suffix], stored) for suffix, stored in tensors.items()), path
+        for suffix, stored in tensors.items():
+            if suffix != "input_scale":  # whose dtype is the scheme's to choose
+                assert same(encoded[suffix], stored), (path, suffix)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,13 +88,19 @@ def test_the_rules_say_of_every_linear_layer_what_is_stored(case, tmp_path):
     document = read(case)
     config = resolved(document, tmp_path)
     matcher = Matcher(config.rules, config.default)
-    modules: dict[str, set[str]] = {}
-    for name in document["stored"]:
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, (_, shape) in document["stored"].items():
         module, _, suffix = name.rpartition(".")
-        modules.setdefault(module, set()).add(suffix)
-    for path, suffixes in modules.items():
-        if not path.endswith(("norm", "layernorm", "embed_tokens")):
-            assert (matcher.decide(ModuleInfo(path, "linear")).use is not None) == ("qweight" in suffixes), path
+        modules.setdefault(module, {})[suffix] = tuple(shape)
+    for path, shapes in modules.items():
+        if path.endswith(("norm", "layernorm", "embed_tokens")):
+            continue
+        use = matcher.decide(ModuleInfo(path, "linear")).use
+        assert (use is not None) == bool(QUANTIZED & shapes.keys()), path
+        if use is not None:
+            scheme = registry().schemes[use.name].item.build(dict(use.params), case)
+            assert scheme.required_suffixes <= shapes.keys()
+            scheme.shape_of(shapes, path)
     assert not matcher.report().unused
     assert not [note for note in config.notes if "not known" in note]
 

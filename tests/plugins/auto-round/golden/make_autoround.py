@@ -27,6 +27,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import auto_round
 import torch
+from auto_round.export.export_to_awq.utils import dequantize_gemm
 from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,9 +36,11 @@ ROWS = 32
 DOWN = "model.layers.0.mlp.down_proj"  # N = 128, K = 192
 KEY = "model.layers.0.self_attn.k_proj"  # N = 64, K = 128
 NAMES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
+WHOLE = {KEY: {"bits": 16}}
 MIXED = {KEY: {"bits": 16}, DOWN: {"bits": 8, "group_size": 32}}
 
 # case -> (format, arguments of AutoRound, layers to keep); "auto_round" with 4 bits and sym false becomes AWQ's layout
+# where one width serves all layers
 CASES = {
     "ar-w4g64-sym": ("auto_round", {"bits": 4, "group_size": 64, "sym": True}, [KEY]),
     "ar-w4g64-asym-autogptq": ("auto_round:auto_gptq", {"bits": 4, "group_size": 64, "sym": False}, [KEY]),
@@ -47,6 +50,19 @@ CASES = {
     "ar-w2g32-sym": ("auto_round", {"bits": 2, "group_size": 32, "sym": True}, [KEY]),
     "ar-w8g64-sym": ("auto_round", {"bits": 8, "group_size": 64, "sym": True}, [KEY]),
     "ar-w4g64-sym-mixed": ("auto_round", {"bits": 4, "group_size": 64, "sym": True, "layer_config": MIXED}, [DOWN]),
+    "ar-w4g64-asym-awq": ("auto_round", {"bits": 4, "group_size": 64, "sym": False}, [DOWN]),
+    "ar-w4g64-asym-awq-mixed": (
+        "auto_round:auto_awq",
+        {"bits": 4, "group_size": 64, "sym": False, "layer_config": WHOLE},
+        [DOWN],
+    ),
+    "ar-awq-w4g32-asym": ("auto_awq", {"bits": 4, "group_size": 32, "sym": False}, [KEY]),
+    "ar-awq-w4g64-sym": ("auto_awq", {"bits": 4, "group_size": 64, "sym": True}, [KEY]),
+    "ar-awq-w4chan-asym-mixed": (
+        "auto_awq",
+        {"bits": 4, "group_size": -1, "sym": False, "layer_config": WHOLE},
+        [DOWN],
+    ),
     "ar-gptq-w4g64-sym": ("auto_gptq", {"bits": 4, "group_size": 64, "sym": True}, [KEY]),
     "ar-gptq-w4g64-asym": ("auto_gptq", {"bits": 4, "group_size": 64, "sym": False}, [KEY]),
     "ar-gptq-w4g64-sym-mixed": ("auto_gptq", {"bits": 4, "group_size": 64, "sym": True, "layer_config": MIXED}, [DOWN]),
@@ -64,6 +80,11 @@ def calibration() -> list[dict[str, torch.Tensor]]:
 
 def own_weight(stored: dict[str, torch.Tensor], packing: str) -> torch.Tensor:
     """Return what auto-round's own layer multiplies with, `[N, K]` in float16."""
+    if "awq" in packing:
+        (inputs, words), groups = stored["qweight"].shape, len(stored["scales"])
+        if stored["scales"].shape[1] != 8 * words:
+            raise ValueError("auto-round wrote another layout")
+        return dequantize_gemm(stored["qweight"], stored["qzeros"], stored["scales"], 4, inputs // groups).T
     raw = "gptqmodel" in packing or "gptq" not in packing  # zero points as they are, else less one
     groups, outputs = stored["scales"].shape
     bits = stored["qzeros"].shape[1] * 32 // outputs
@@ -126,7 +147,7 @@ def make(case: str, out: Path, dense: Path) -> None:
         outputs = stored["scales"].shape[1]
         layers[layer] = {
             "tensors": {suffix: spell(cut(suffix, tensor, outputs)) for suffix, tensor in stored.items()},
-            "dequantized": spell(own_weight(stored, config.get("packing_format", "auto_gptq"))[:ROWS]),
+            "dequantized": spell(own_weight(stored, config.get("packing_format", config["quant_method"]))[:ROWS]),
         }
     document = {
         "maker": {
