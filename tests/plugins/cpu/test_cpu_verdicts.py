@@ -55,7 +55,14 @@ REFUSED = [
         "float16",
     ),
     *(
-        (kernel, problem(spec(str(element), 32), 8, 32), "cpu", "element", f"{element} codes are floating", "cpu.dense")
+        (
+            kernel,
+            problem(spec(str(element), 32), 8, 32),
+            "cpu",
+            "element",
+            f"{element} codes are floating",
+            "takes them",
+        )
         for kernel in (FOUR, EIGHT)
         for element in ElementType
         if element.floating
@@ -206,7 +213,7 @@ def test_a_wrong_int8_product_is_refused(monkeypatch) -> None:
 def test_the_installed_plugin_brings_its_kernels() -> None:
     registry = discover(environ={})
     found = {name: provided.plugin for name, provided in registry.kernels.items() if name.startswith("cpu.")}
-    assert found == dict.fromkeys(("cpu.int4", "cpu.int8", "cpu.w8a8", "cpu.dense"), "quantplug-cpu")
+    assert found == dict.fromkeys(("cpu.int4", "cpu.int8", "cpu.w8a8", "cpu.float4", "cpu.dense"), "quantplug-cpu")
 
 
 PLANNING = """

@@ -42,15 +42,22 @@ _OPERATOR = Rates(6.0, 2.7e-5, 1.05e-5)
 TILES = Rates(60.0, 2.5e-4, 1.0e-5)
 
 
-def packed_verdict(problem: LinearProblem, planes: int) -> Verdict:
-    """Return what the packed layout costs for a problem of one contract, in nibbles or (planes 2) in two halves."""
+def packed_verdict(problem: LinearProblem, planes: int, least_group: int = 16) -> Verdict:
+    """
+    Return what the packed layout costs for a problem of one contract, in nibbles or (planes 2) in two halves.
+
+    Args:
+        problem: what is to run.
+        planes: nibbles per code.
+        least_group: inputs per group from which on it pays, those that are filled up to 32 included.
+    """
     weight, k = problem.segments[0].weight, problem.in_features
     slots = arrange(group_sizes(weight.granularity, k))
-    if isinstance(weight.granularity, PerGroup) and slots.count > 2 * k + 32:
+    if isinstance(weight.granularity, PerGroup) and slots.count > 32 // least_group * k + 32:
         return Rejected(
             "granularity",
             f"groups of {weight.granularity.size} inputs would be filled up to {slots.group} each",
-            "group sizes from 16 on are taken",
+            f"group sizes from {least_group} on are taken; cpu.dense takes any",
         )
     fast = problem.dtype == FAST_DTYPE
     parts = len(problem.segments) if weight.act_order else 1
@@ -60,7 +67,8 @@ def packed_verdict(problem: LinearProblem, planes: int) -> Verdict:
     if weight.act_order:
         notes.append("x is permuted once per call")
     if planes == 2:
-        notes.append("8-bit codes are multiplied as two 4-bit halves")
+        codes = "twice the floating-point codes" if weight.element.floating else "8-bit codes"
+        notes.append(f"{codes} are multiplied as two 4-bit halves")
     if not fast:
         notes.append(f"dequantizes tiles to float32 at every call; {FAST_DTYPE} has an operator of its own")
     return Accepted(
@@ -76,7 +84,8 @@ def _held_bytes(problem: LinearProblem, planes: int, slots: Slots) -> int:
     weight, k = problem.segments[0].weight, problem.in_features
     sizes = [segment.out_features for segment in problem.segments]
     parts = sizes if weight.act_order else [sum(sizes)]
-    scale = 4 * planes if problem.dtype == FAST_DTYPE else SCALE_BYTES[weight.scale_dtype]
+    # Scales that no operator takes are held in float32.
+    scale = 4 * planes if problem.dtype == FAST_DTYPE else SCALE_BYTES.get(weight.scale_dtype, 4)
     rows = sum(filled(size) for size in parts)
     total = 1 + rows * (planes * slots.count // 2 + slots.groups * (scale + weight.zero_points))
     if weight.act_order:

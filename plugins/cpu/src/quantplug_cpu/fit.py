@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Cast, Rejected
-from quantplug.spec import PerBlock, PerGroup, scale_shape
+from quantplug.spec import ElementType, PerBlock, PerGroup, scale_shape
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -48,9 +48,24 @@ def refuse_anywhere(problem: LinearProblem, platform: Platform) -> Rejected | No
     return None
 
 
+def refuse_unpacked(problem: LinearProblem, platform: Platform) -> Rejected | None:
+    """Return why the packed operators do not run the problem, whatever its codes are, or None."""
+    refusal = refuse_anywhere(problem, platform)
+    if refusal is not None:
+        return refusal
+    if not problem.uniform:
+        kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
+        return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")
+    granularity = problem.segments[0].weight.granularity
+    if isinstance(granularity, PerBlock):
+        shared = f"{granularity.n} x {granularity.k}"
+        return Rejected("granularity", f"scales are shared by blocks of {shared}", "cpu.dense takes them")
+    return None
+
+
 def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], other: str) -> Rejected | None:
     """
-    Return why the packed operators do not run the problem, or None.
+    Return why the packed operators do not run a problem with integer codes, or None.
 
     Args:
         problem: what is to run.
@@ -58,15 +73,13 @@ def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], ot
         bits: widths of codes the kernel takes.
         other: name of the kernel for the other widths.
     """
-    refusal = refuse_anywhere(problem, platform)
+    refusal = refuse_unpacked(problem, platform)
     if refusal is not None:
         return refusal
-    if not problem.uniform:
-        kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
-        return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")
     weight = problem.segments[0].weight
     if weight.element.floating:
-        return Rejected("element", f"{weight.element} codes are floating-point numbers", "cpu.dense takes them")
+        other = "cpu.float4" if weight.element is ElementType.FLOAT4_E2M1FN else "cpu.dense"
+        return Rejected("element", f"{weight.element} codes are floating-point numbers", f"{other} takes them")
     if weight.element.bits not in bits:
         return Rejected("element", f"{weight.element} has {weight.element.bits} bits", f"{other} takes it")
     if weight.scale_dtype not in SCALE_BYTES:
@@ -74,10 +87,7 @@ def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], ot
             "dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}, or cpu.dense"
         )
     if weight.global_scale:
-        return Rejected("dtype", "a global scale multiplies the scales", "cpu.dense takes it")
-    if isinstance(weight.granularity, PerBlock):
-        shared = f"{weight.granularity.n} x {weight.granularity.k}"
-        return Rejected("granularity", f"scales are shared by blocks of {shared}", "cpu.dense takes them")
+        return Rejected("dtype", f"a global scale multiplies those in {weight.scale_dtype}", "cpu.dense takes it")
     return None
 
 
@@ -95,10 +105,15 @@ def entitled_bytes(problem: LinearProblem) -> int:
 
 def packed_casts(weight: WeightSpec, *, bias: bool) -> tuple[Cast, ...]:
     """Return the roundings of the packed operator, and of the dequantized tiles that replace it for many rows."""
-    casts = [] if weight.scale_dtype == FAST_DTYPE else [Cast("scales", FAST_DTYPE)]
+    casts = [] if _held_exactly(weight) else [Cast("scales", FAST_DTYPE)]
     if weight.zero_points:
         casts.append(Cast("zeros", FAST_DTYPE))
     casts.append(Cast("weights", FAST_DTYPE))
     if bias:
         casts.append(Cast("partials", FAST_DTYPE))
     return tuple(casts)
+
+
+def _held_exactly(weight: WeightSpec) -> bool:
+    """Return whether every scale that a weight can have is a number of `FAST_DTYPE`."""
+    return weight.scale_dtype in (FAST_DTYPE, "float8_e8m0fnu", "float8_e4m3fn") and not weight.global_scale
