@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import quantplug_fp8.tiles
 from quantplug.errors import ConvertError
+from quantplug.spec import PerBlock
 from quantplug_fp8.scheme import FP8Scheme
 from quantplug_testkit.oracles import floats
 
@@ -75,10 +76,16 @@ def test_scales_are_the_least_that_cover_and_codes_the_nearest(params, element, 
 
 @pytest.mark.parametrize("params", STRATEGIES)
 def test_a_weight_that_is_worked_on_in_strips(monkeypatch, params):
-    """Strips end where tiles do, whatever their height."""
-    monkeypatch.setattr(quantplug_fp8.tiles, "_CHUNK", 64)
+    """Strips of about five rows, which end where tiles do."""
+    monkeypatch.setattr(quantplug_fp8.tiles, "_CHUNK", 5 * 24)
     generator = torch.Generator().manual_seed(1)
     check(torch.randn(50, 24, generator=generator).to(torch.bfloat16), params)
+
+
+def test_a_block_larger_than_the_weight_is_no_larger_than_it():
+    """Or a weight would be padded to a million rows."""
+    assert quantplug_fp8.tiles.tile_of(PerBlock(1 << 20, 1 << 20), 50, 24) == (50, 24)
+    assert quantplug_fp8.tiles.tile_of(PerBlock(128, 128), 0, 0) == (1, 1)
 
 
 @pytest.mark.parametrize("params", STRATEGIES)

@@ -67,7 +67,8 @@ def round_to_nearest(
     Return codes `[N, K]`, and scales float32 in the shape of the granularity, each the least that covers its tile.
 
     A scale is the tile's largest magnitude over the largest code; it is 1 for a tile of zeros, and never below the
-    smallest normal float32. Codes are the quotients, rounded to nearest, ties to even, saturating.
+    smallest normal float32. Codes are the quotients, rounded to nearest, ties to even. None needs to be cut off: a
+    quotient exceeds the largest code by float32's rounding at most, and so is rounded to it.
 
     Args:
         dense: `[N, K]`, any float dtype, finite.
@@ -83,7 +84,7 @@ def round_to_nearest(
     for start, stop in _strips(rows, columns, 1 if n >= rows else n):
         strip = dense[start:stop].to(torch.float32, copy=True)
         strip.div_(spread(scales[start // n : -(-stop // n)], tile, *strip.shape))
-        codes[start:stop] = strip.clamp_(-top, top)
+        codes[start:stop] = strip
     return codes, scales
 
 
