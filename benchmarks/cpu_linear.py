@@ -74,20 +74,22 @@ def bare(module: QuantizedLinear) -> tuple[Call | Any, ...]:
     return torch.ops.aten._weight_int4pack_mm_for_cpu.default, packed, group, pairs
 
 
-def medians(calls: list[Call], rounds: int, seconds: float) -> list[float]:
+def medians(
+    calls: list[Call], rounds: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Return the median seconds per call of each; all take their turn in every round."""
     counts, samples = [], [[] for _ in calls]  # type: list[int], list[list[float]]
     for call in calls:
         call()
-        started = time.perf_counter()
+        started = clock()
         call()
-        counts.append(max(1, int(seconds / max(1e-7, time.perf_counter() - started))))
+        counts.append(max(1, int(seconds / max(1e-7, clock() - started))))
     for _ in range(rounds):
         for call, count, times in zip(calls, counts, samples, strict=True):
-            started = time.perf_counter()
+            started = clock()
             for _ in range(count):
                 call()
-            times.append((time.perf_counter() - started) / count)
+            times.append((clock() - started) / count)
     return [statistics.median(times) for times in samples]
 
 
