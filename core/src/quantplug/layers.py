@@ -17,7 +17,7 @@ from quantplug.select import select
 from quantplug.spec import LinearProblem, LinearShape, SegmentSpec, scale_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from quantplug.checkpoint import TensorHeader
     from quantplug.config import QuantConfig
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quantplug.registry import Registry
     from quantplug.scheme import LinearScheme
     from quantplug.skip import Ruling, SchemeRef
+    from quantplug.spec import ParamSpec
 
 _SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e8m0fnu": 1, "float8_e4m3fn": 1}
 
@@ -163,7 +164,7 @@ class LayerPlanner:
         segments, specs, schemes = [], [], []
         for name, ref in shards:
             scheme = self.schemes.get(ref, self._config.dialect)
-            segment = self._segment(name, ref, scheme)
+            segment = self._segment(name, ref, scheme, module.shape)
             segments.append(segment)
             specs.append(SegmentSpec(segment.shape.out_features, scheme.weight_spec()))
             schemes.append(scheme)
@@ -205,12 +206,16 @@ class LayerPlanner:
             notes=tuple(notes),
         )
 
-    def _segment(self, name: str, ref: SchemeRef, scheme: LinearScheme) -> Segment:
+    def _segment(self, name: str, ref: SchemeRef, scheme: LinearScheme, known: LinearShape | None) -> Segment:
         stored = self._stored.tensors(name)
         if self._config.on_load:
             return self._dense_segment(name, ref, scheme, stored[DENSE_SUFFIX])
         shapes = {suffix: header.shape for suffix, header in stored.items() if suffix in scheme.suffixes}
         shape = scheme.shape_of(shapes, name)
+        if known is not None and known.in_features != shape.in_features:
+            # Packed rows whose last word is not full fit more than one width; of those, the model's own counts.
+            same = LinearShape(shape.out_features, known.in_features)
+            shape = same if _all_fit(scheme.params(same), shapes) else shape
         tensors = []
         for param in scheme.params(shape):
             header = stored.get(param.suffix)
@@ -320,3 +325,8 @@ class LayerPlanner:
             + " or ".join(module.shards or (module.name,)),
             fix="The checkpoint belongs to another model, or is incomplete.",
         )
+
+
+def _all_fit(params: Iterable[ParamSpec], stored: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether every stored tensor has a shape that is declared for it."""
+    return all(stored.get(p.suffix, p.shape) in (p.shape, *p.other_shapes) for p in params)

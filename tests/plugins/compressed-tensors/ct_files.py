@@ -103,3 +103,28 @@ def group(targets: list[str], form: str | None = None, inputs: dict | None = Non
     if inputs is not None:
         found["input_activations"] = inputs
     return found
+
+
+UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
+TOKEN8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+NV = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+}
+MX4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+
+
+def section(*groups: dict, **fields: object) -> dict:
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {f"group_{number}": item for number, item in enumerate(groups)},
+        **fields,
+    }
+
+
+def one(inputs: dict | None = None, form: str | None = None, **weights: object) -> dict:
+    return section(group(["Linear"], form, inputs, **weights))

@@ -26,7 +26,7 @@ def use_of(matcher: Matcher, path: str):
 
 
 def test_the_cases_are_all_there():
-    """Every format of the tool, mixed files, overlapping groups; act-order of an old version; uneven rows of each width."""
+    """Every format of the tool, mixed files, overlapping groups; act-order of an old version; uneven rows."""
     assert (len(CHECKPOINTS), len(LAYERS)) == (23, 8)
 
 

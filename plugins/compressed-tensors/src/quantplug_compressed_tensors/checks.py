@@ -28,9 +28,7 @@ def check_stored(specs: Sequence[ParamSpec], tensors: Mapping[str, torch.Tensor]
     for spec in specs:
         tensor, name = tensors.get(spec.suffix), f"{where}.{spec.suffix}"
         if tensor is None:
-            if spec.required:
-                raise CheckpointError("QP-ST-MISSING", name, "is not there", expected="every tensor of the layer")
-            continue
+            raise CheckpointError("QP-ST-MISSING", name, "is not there", expected="every tensor of the layer")
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         if dtype not in spec.dtypes:
             raise CheckpointError("QP-ST-DTYPE", name, f"dtype {dtype}", expected=" or ".join(spec.dtypes))
@@ -133,29 +131,24 @@ def check_zeros(zeros: torch.Tensor, bits: int, name: str) -> None:
         )
 
 
-def group_index(
-    stored: torch.Tensor | None, inputs: int, group_size: int, groups: int, *, ordered: bool, where: str
-) -> torch.Tensor | None:
+def group_index(stored: torch.Tensor, inputs: int, group_size: int, groups: int, where: str) -> torch.Tensor | None:
     """
     Return the group of each input, int32 `[K]`, or None when it is the trivial `k // group_size`.
 
     A tensor of -1 was never filled in by its writer, and counts as trivial.
 
     Args:
-        stored: the file's `weight_g_idx`, or None.
+        stored: the file's `weight_g_idx`.
         inputs: K.
         group_size: inputs per group.
         groups: G.
-        ordered: whether the file announces another order.
         where: the layer.
 
     Raises:
         CheckpointError: `QP-ST-GIDX`.
     """
-    if stored is None or bool((stored == -1).all()):
-        return None
     trivial = torch.arange(inputs, dtype=torch.int32) // group_size
-    if torch.equal(stored, trivial):
+    if bool((stored == -1).all()) or torch.equal(stored, trivial):
         return None
     name = f"{where}.weight_g_idx"
     outside = (stored < 0) | (stored >= groups)
@@ -176,14 +169,5 @@ def group_index(
             f"leaves {len(unused)} of {groups} groups without an input, the first of them {int(unused[0])}",
             expected="every group to be used",
             fix="The file is damaged, or group_size is not what the configuration says.",
-        )
-    if not ordered:
-        at = int(torch.nonzero(stored != trivial)[0])
-        raise CheckpointError(
-            "QP-ST-GIDX",
-            f"{name}[{at}]",
-            f"is {int(stored[at])}, which is another order than the configuration's",
-            expected=f"{int(trivial[at])}, the input's own group",
-            fix="Correct actorder to 'group' if the file was made so.",
         )
     return stored

@@ -32,7 +32,7 @@ def unpack(words: torch.Tensor, bits: int, *, subtract: int = 0) -> torch.Tensor
     """
     rows, width = words.shape
     per_period, period = (3, 8) if bits == 3 else (1, 8 // bits)
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.reshape(-1).view(torch.uint8).view(rows, 4 * width)  # flat: an axis of 1 may have any stride
     if 4 * width % per_period:
         octets = torch.nn.functional.pad(octets, (0, per_period - 4 * width % per_period))
     periods = octets.shape[1] // per_period
@@ -68,7 +68,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         octets[:, :, byte] |= filled[:, :, index] << shift
         if shift + bits > 8:
             octets[:, :, byte + 1] |= filled[:, :, index] >> (8 - shift)
-    return octets.view(rows, padded * bits // 8)[:, : 4 * words].contiguous().view(torch.int32)
+    return octets.view(rows, padded * bits // 8)[:, : 4 * words].reshape(-1).view(torch.int32).view(rows, words)
 
 
 def _spread(octets: torch.Tensor, bits: int, codes: torch.Tensor) -> None:

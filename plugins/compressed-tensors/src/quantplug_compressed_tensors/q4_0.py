@@ -23,6 +23,7 @@ _MAGNITUDES = range(8, 0, -1)
 """What the code of the largest weight may be, without its sign."""
 # Blocks worked on at once: the temporaries stay in a processor's cache.
 _PIECE = 1 << 12
+_BEST = 3
 _FEW = 8
 """Weights of a block that are looked at first."""
 
@@ -46,31 +47,38 @@ def quantize(dense: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     scales = torch.empty(len(blocks), dtype=torch.float32)
     for start in range(0, len(blocks), _PIECE):
         piece = slice(start, start + _PIECE)
-        codes[piece], scales[piece] = _solve(blocks[piece])
+        codes[piece], scales[piece] = _solve(blocks[piece], dtype)
     held = scales.to(dtype)
     kept = held if torch.equal(held.float(), scales) else scales
     return codes.view(rows, -1)[:, :inputs], kept.view(rows, -1)
 
 
-def _solve(stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _solve(stored: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes `[B, 32]` and scales `[B]`, float32, of blocks in the dtype of the checkpoint."""
     values, smallest = stored.float(), unit(stored.dtype)
     peaks = _peaks(values)
     codes, scales = _nearest(values, peaks)
+    # How good a block's solution is: 1 gives the values back, 2 the signs of zeros, too, 3 with a scale in the dtype.
+    merit = torch.zeros(len(values), dtype=torch.int64)
+
+    def offer(rows: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        found_codes, found_scales, fits, signs = found
+        held = found_scales.to(dtype).float() == found_scales
+        found_merit = fits.long() + signs.long() + (signs & held).long()
+        better = found_merit > merit[rows]
+        at = rows[better]
+        codes[at], scales[at], merit[at] = found_codes[better], found_scales[better], found_merit[better]
+
     small = peaks.abs() <= q4_0_small.LARGEST * smallest
     rows = small.nonzero().squeeze(1)
     if len(rows):
-        found, exact_codes, exact_scales = q4_0_small.look_up(values[rows], stored.dtype)
-        codes[rows[found]], scales[rows[found]] = exact_codes, exact_scales
+        offer(rows, q4_0_small.look_up(values[rows], stored.dtype))
     quotients = values.abs().div_(peaks.abs().unsqueeze(1))
     tolerance = 2 * smallest / peaks.abs()
-    open_ = ~small
     for magnitude in _MAGNITUDES:
-        rows = _plausible(quotients, tolerance, open_, magnitude)
+        rows = _plausible(quotients, tolerance, ~small & (merit < _BEST), magnitude)
         if len(rows):
-            exact_codes, exact_scales, fits, signs = _fit(stored[rows], peaks[rows], magnitude)
-            codes[rows[fits]], scales[rows[fits]] = exact_codes[fits], exact_scales[fits]
-            open_[rows[fits & signs]] = False
+            offer(rows, _fit(stored[rows], peaks[rows], magnitude))
     return codes, scales
 
 

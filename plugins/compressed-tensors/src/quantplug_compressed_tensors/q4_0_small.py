@@ -41,53 +41,62 @@ class _Table(NamedTuple):
     codes: torch.Tensor
 
 
-def look_up(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def look_up(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Find scales and codes that give blocks back, the signs of zeros included.
+    Find scales and codes that give blocks back; of several scales, one with few bits.
 
     Args:
         values: float32 `[B, 32]`, at most `LARGEST` units each.
         dtype: what the values are rounded to.
 
     Returns:
-        Bool `[B]`, which blocks have a scale; and codes `[F, 32]` and scales `[F]`, float32, of those.
+        Codes `[B, 32]` and scales `[B]`, float32; and bool `[B]` twice: whether they give every value back, and whether
+        the signs of zeros, too.
     """
     table = _table(dtype)
+    zero = values == 0
     columns = (values / unit(dtype)).long() + LARGEST
-    columns[(values == 0) & torch.signbit(values)] = _NEGATIVE_ZERO
+    columns[zero & torch.signbit(values)] = _NEGATIVE_ZERO
     present = torch.zeros(len(values), _COLUMNS).scatter_(1, columns, 1.0)
-    suited = (present @ table.lacks) == 0
-    found = suited.any(1)
-    chosen = suited[found].to(torch.uint8).argmax(1)
-    return found, table.codes[chosen].gather(1, columns[found]), table.scales[chosen]
+    exact = (present @ table.lacks) == 0
+    present[:, (LARGEST, _NEGATIVE_ZERO)] = 0  # a code of 0 gives a zero in any case, perhaps of the other sign
+    close = (present @ table.lacks) == 0
+    signs = exact.any(1)
+    chosen = torch.where(signs.unsqueeze(1), exact, close).to(torch.uint8).argmax(1)
+    return table.codes[chosen].gather(1, columns), table.scales[chosen], close.any(1), signs
 
 
 @cache
 def _table(dtype: torch.dtype) -> _Table:
-    scales = [Fraction(0), *_candidates(dtype)]
-    lacks, codes = torch.ones(_COLUMNS, 2 * len(scales)), torch.zeros(2 * len(scales), _COLUMNS)
-    for row, scale in enumerate(scales):
-        for sign, at in ((1, row), (-1, len(scales) + row)):
-            for code in sorted(_CODES, key=abs, reverse=True):
-                product = round(abs(code) * scale)
-                negative = code * sign < 0 or (code == 0 and sign < 0)
-                if product <= LARGEST:
-                    column = _NEGATIVE_ZERO if product == 0 and negative else LARGEST + product * (-1) ** negative
-                    lacks[column, at], codes[at, column] = 0, code
-    numbers = torch.tensor([float(scale) for scale in scales]) * unit(dtype)
-    return _Table(torch.cat([numbers, -numbers]), lacks, codes)
+    candidates = _candidates(dtype)
+    lacks, codes = torch.ones(_COLUMNS, len(candidates)), torch.zeros(len(candidates), _COLUMNS)
+    for row, (scale, sign) in enumerate(candidates):
+        for code in sorted(_CODES, key=abs, reverse=True):
+            product = round(abs(code) * scale)
+            negative = code * sign < 0 or (code == 0 and sign < 0)
+            if product <= LARGEST:
+                column = _NEGATIVE_ZERO if product == 0 and negative else LARGEST + product * (-1) ** negative
+                lacks[column, row], codes[row, column] = 0, code
+    scales = torch.tensor([sign * float(scale) for scale, sign in candidates]) * unit(dtype)
+    return _Table(scales, lacks, codes)
 
 
-def _candidates(dtype: torch.dtype) -> list[Fraction]:
-    """Return scales in units, those with the fewest bits first: one for every tie and every stretch between two."""
-    if dtype == torch.float32:
-        return [Fraction(scale) for scale in range(1, _LARGEST_SCALE + 1)]  # the scale has no smaller unit itself
+def _candidates(dtype: torch.dtype) -> list[tuple[Fraction, int]]:
+    """
+    Return scales in units, with their signs, those with the fewest bits first.
+
+    One for every tie and every stretch between two; and whole numbers of units, which the dtype of the weights holds.
+    """
+    whole = {Fraction(number) for number in range(LARGEST + 1)}
+    scales = whole if dtype == torch.float32 else whole | _between_ties()  # float32 has no smaller unit for the scale
+    return sorted(((scale, sign) for scale in scales for sign in (1, -1)), key=lambda s: (s[0].denominator, s))
+
+
+def _between_ties() -> set[Fraction]:
     ties = {Fraction(2 * n + 1, 2 * code) for code in range(1, 9) for n in range(_LARGEST_SCALE * code)}
-    edges = sorted({Fraction(0), *ties})
-    between = [_simplest_between(low, high) for low, high in pairwise(edges)]
+    between = {_simplest_between(low, high) for low, high in pairwise(sorted({Fraction(0), *ties}))}
     # A tie at a third or a seventh of a unit is met by no binary number.
-    met = [tie for tie in ties if tie.denominator.bit_count() == 1]
-    return sorted({*between, *met}, key=lambda scale: (scale.denominator, scale))
+    return between | {tie for tie in ties if tie.denominator.bit_count() == 1}
 
 
 def _simplest_between(low: Fraction, high: Fraction) -> Fraction:

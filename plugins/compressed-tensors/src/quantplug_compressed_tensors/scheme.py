@@ -73,8 +73,8 @@ class PackScheme(LinearScheme):
 
     @property
     def required_suffixes(self) -> frozenset[str]:
-        """All that `params` requires."""
-        return frozenset(spec.suffix for spec in self.params(LinearShape(1, 1)) if spec.required)
+        """All that `params` declares."""
+        return frozenset(spec.suffix for spec in self.params(LinearShape(1, 1)))
 
     @classmethod
     def recipes(cls) -> Mapping[str, Mapping[str, Json]]:
@@ -137,7 +137,7 @@ class PackScheme(LinearScheme):
         return self.activation
 
     def params(self, shape: LinearShape) -> tuple[ParamSpec, ...]:
-        """Declare the tensors; `weight_g_idx` is required only where groups are in another order."""
+        """Declare the tensors; `weight_g_idx` only where groups may be in another order."""
         return shapes.declared(self, shape)
 
     def shape_of(self, stored: Mapping[str, tuple[int, ...]], where: str) -> LinearShape:
@@ -177,10 +177,8 @@ class PackScheme(LinearScheme):
         if fields.shape[1] > k:
             checks.check_unused(fields[:, k:] + offset, k, f"{where}.weight_packed")
         g_idx = None
-        if isinstance(self.granularity, PerGroup):
-            g_idx = checks.group_index(
-                tensors.get("weight_g_idx"), k, self.granularity.size, size[1], ordered=self.reorders, where=where
-            )
+        if self.reorders and isinstance(self.granularity, PerGroup):
+            g_idx = checks.group_index(tensors["weight_g_idx"], k, self.granularity.size, size[1], where)
         return Weight(
             codes=fields[:, :k].view(torch.int8) if self.symmetric else fields[:, :k],
             scales=scales.reshape(size),

@@ -37,7 +37,7 @@ def scale_shapes(granularity: Granularity, shape: LinearShape) -> tuple[tuple[in
 
 
 def declared(scheme: PackScheme, shape: LinearShape) -> tuple[ParamSpec, ...]:
-    """Return the tensors of a layer; `weight_g_idx` is required only where groups are in another order."""
+    """Return the tensors of a layer; `weight_g_idx` only where groups may be in another order."""
     n, k = shape.out_features, shape.in_features
     grouped, packed = isinstance(scheme.granularity, PerGroup), (32, scheme.bits)
     size, others = scale_shapes(scheme.granularity, shape)
@@ -56,8 +56,8 @@ def declared(scheme: PackScheme, shape: LinearShape) -> tuple[ParamSpec, ...]:
             ParamSpec("weight_zero_point", words, ("int32",), True, 0, packed, output_axis=0, input_axis=inputs)
         )
     specs.append(ParamSpec("weight_shape", (2,), ("int64", "int32")))
-    if grouped:
-        specs.append(ParamSpec("weight_g_idx", (k,), ("int32",), scheme.reorders, input_axis=0))
+    if scheme.reorders:
+        specs.append(ParamSpec("weight_g_idx", (k,), ("int32",), input_axis=0))
     if scheme.activation is not None and not scheme.activation.dynamic:
         specs.append(ParamSpec("input_scale", (1,), dtypes, other_shapes=_ONE))
         if not scheme.activation.element.signed:
