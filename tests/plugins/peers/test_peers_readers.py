@@ -42,11 +42,12 @@ def convert(path, entries):
     return "dense" if False in answers else "quantized"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(path=PATHS, entries=st.lists(ENTRIES, max_size=4))
 @example(path="model.layers.0.mlp.gate", entries=["gate"])
 @example(path="modelXlayers", entries=["model.layers"])
 @example(path="model.layers.0", entries=[])
+@example(path="model", entries=[")(()"])
 def test_our_reading_of_transformers_is_that_of_its_own_function(path, entries):
     ours = TransformersReader().decides("fp8", {"modules_to_not_convert": entries}, path)
     if ours is not None:  # an expression whose time is not bounded is not tried out

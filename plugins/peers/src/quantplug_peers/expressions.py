@@ -5,6 +5,7 @@ Expressions out of files that nobody trusts, applied as another engine applies t
 from __future__ import annotations
 
 import re
+import warnings
 from typing import TYPE_CHECKING
 
 from quantplug.errors import ConfigError
@@ -38,14 +39,25 @@ def expression(pattern: str, mode: RegexMode) -> Callable[[str], bool]:
     return lambda name: apply(name) is not None
 
 
-def check(pattern: str, mode: RegexMode) -> None:
-    """Raise what `expression` raises."""
+def check(pattern: str, mode: RegexMode, *, inside: str = "") -> None:
+    """
+    Raise what `expression` raises.
+
+    Args:
+        pattern: the expression.
+        mode: how it is applied.
+        inside: the expression that the engine really compiles, where it puts this one into another.
+    """
     if len(pattern) > MAX_PATTERN:
         raise UnsureError(pattern)
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # what Python may read otherwise one day
+            re.compile(inside or pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise MalformedError(pattern) from error
+    except FutureWarning as error:
+        raise UnsureError(pattern) from error
     try:
         vet(pattern, "", mode)
     except ConfigError as error:

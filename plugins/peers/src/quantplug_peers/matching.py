@@ -102,7 +102,7 @@ def bounded_expressions(entries: Sequence[str]) -> Listed:
     A dot then stands for any character, and a tail need not begin where a component does.
     """
     for entry in entries:
-        check(entry, "fullmatch")
+        check(entry, "fullmatch", inside=f"(?:{entry}){_BOUNDARY}")
     tails = tuple(entries)
     any_of = any_expression([f"(?:{entry}){_BOUNDARY}" for entry in entries])
     return lambda path: any_of is not None and (any_of.match(path) is not None or path.endswith(tails))
