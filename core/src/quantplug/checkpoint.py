@@ -35,7 +35,7 @@ class Checkpoint:
         directory: where it lies.
         tensors: by name, in file order.
         files: the safetensors files that belong to it, in order.
-        metadata: `__metadata__` of the first file that has any.
+        metadata: `__metadata__` of all files; where they differ about a key, the first counts and a warning says so.
         warnings: harmless oddities (an index whose total_size is wrong, a safetensors file nobody names).
         stamps: what each of `files` looked like when its header was read.
     """
@@ -84,6 +84,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         headers[file] = read_header(directory / file, file)
     tensors = _join(directory, headers)
     warnings = [] if index is None else _check_index(directory, index, headers, tensors)
+    metadata, differing = _merge_metadata(headers)
+    warnings += differing
     beside = [name for name in present if name not in headers]
     if beside:
         warnings.append(f"{list_names(beside)} in {directory}: not part of the checkpoint, not read")
@@ -91,7 +93,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         directory=directory,
         tensors=tensors,
         files=files,
-        metadata=next((header.metadata for header in headers.values() if header.metadata), {}),
+        metadata=metadata,
         warnings=tuple(warnings),
         stamps={file: header.stamp for file, header in headers.items()},
     )
@@ -171,6 +173,17 @@ def _join(directory: Path, headers: Mapping[str, FileHeader]) -> dict[str, Tenso
                 )
     _refuse_twins(directory, tensors)
     return tensors
+
+
+def _merge_metadata(headers: Mapping[str, FileHeader]) -> tuple[dict[str, str], list[str]]:
+    """Return what the files say about themselves, and a warning for each that contradicts one before it."""
+    merged: dict[str, str] = {}
+    warnings = []
+    for file, header in headers.items():
+        other = [key for key, text in header.metadata.items() if merged.setdefault(key, text) != text]
+        if other:
+            warnings.append(f"{file}: __metadata__ differs from that of an earlier file about {list_names(other)}")
+    return merged, warnings
 
 
 def _refuse_twins(directory: Path, names: Collection[str]) -> None:

@@ -41,6 +41,11 @@ class StoredModules:
                 continue
             module, _, suffix = header.name.rpartition(".")
             self._modules.setdefault(module, {})[suffix] = header
+        self._said: dict[str, dict[str, str]] = {}
+        for name, text in checkpoint.metadata.items():
+            module, dot, suffix = name.rpartition(".")
+            if dot:
+                self._said.setdefault(module, {})[suffix] = text
 
     @property
     def paths(self) -> Collection[str]:
@@ -50,6 +55,10 @@ class StoredModules:
     def tensors(self, module: str) -> Mapping[str, TensorHeader]:
         """Return the tensors directly below a module path, by suffix; empty when there are none."""
         return self._modules.get(module, {})
+
+    def metadata(self, module: str) -> Mapping[str, str]:
+        """Return what the files' `__metadata__` says under names of a module's tensors, by suffix; mostly nothing."""
+        return self._said.get(module, {})
 
     def judge(self, module: str, suffixes: Collection[str], required: Collection[str]) -> Evidence:
         """

@@ -121,6 +121,9 @@ class LayerPlanner:
         if asked is None:
             return None, ""
         scheme = self.schemes.get(asked, self._config.dialect)
+        described = self._stored.metadata(name)
+        if described:
+            scheme.check_metadata(described, {s: h.shape for s, h in self._stored.tensors(name).items()}, name)
         evidence = self._stored.judge(name, scheme.suffixes, scheme.required_suffixes)
         if evidence == "both":
             raise ConfigError(

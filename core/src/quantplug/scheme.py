@@ -83,6 +83,24 @@ class LinearScheme(ABC):
             CheckpointError: `QP-ST-SHAPE` when the shapes do not describe a layer of this format.
         """
 
+    def check_metadata(  # noqa: B027  # most writers describe nothing there
+        self, described: Mapping[str, str], stored: Mapping[str, tuple[int, ...]], where: str
+    ) -> None:
+        """
+        Hold what a file's `__metadata__` says about one layer against this scheme and the stored tensors.
+
+        For formats whose writers describe each tensor there. Called once per layer while planning, before anything else
+        about it is looked at, also where a dense weight is stored; never called for a layer that no file describes.
+
+        Args:
+            described: `{suffix: text}`, for every key of `__metadata__` that is the layer's path, a dot and a suffix.
+            stored: `{suffix: shape}` of all tensors of the layer, those of other formats included.
+            where: path of the layer.
+
+        Raises:
+            ConfigError: `QP-CFG-CONTRADICTION`, or `QP-CFG-REFUSED` for what is known and not read.
+        """
+
     @abstractmethod
     def params(self, shape: LinearShape) -> tuple[ParamSpec, ...]:
         """
