@@ -12,7 +12,7 @@ import torch
 from quantplug.kernel import Accepted, LinearKernel
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, Granularity, LinearProblem, PerGroup, SegmentSpec, WeightSpec
-from quantplug.weight import Prepared, Weight
+from quantplug.weight import ActivationParams, Prepared, Weight
 from quantplug_testkit.bounds import linear_bound
 from quantplug_testkit.canonical import make_weight, segment_of, to_float64
 from quantplug_testkit.compare import assert_within
@@ -22,11 +22,16 @@ CPU = Platform.parse("cpu")
 
 
 def spec(
-    element: str, granularity: Granularity | int, *, act_order: bool = False, scales: str = "float16"
+    element: str,
+    granularity: Granularity | int,
+    *,
+    act_order: bool = False,
+    scales: str = "float16",
+    global_scale: bool = False,
 ) -> WeightSpec:
     """Return a contract; a number is a group size."""
     shared = PerGroup(granularity) if isinstance(granularity, int) else granularity
-    return WeightSpec(ElementType(element), shared, scales, act_order)
+    return WeightSpec(ElementType(element), shared, scales, act_order, global_scale)
 
 
 def problem(weight: WeightSpec, n: int | tuple[int, ...], k: int, dtype: str = "bfloat16", *, bias: bool = False):
@@ -51,10 +56,17 @@ class Layer:
     prepared: Prepared
 
     @classmethod
-    def of(cls, kernel: LinearKernel, asked: LinearProblem, given: tuple[Weight, ...] | None = None) -> Layer:
-        """Prepare a layer, with random weights unless some are given."""
+    def of(
+        cls,
+        kernel: LinearKernel,
+        asked: LinearProblem,
+        given: tuple[Weight, ...] | None = None,
+        stored: tuple[ActivationParams | None, ...] | None = None,
+    ) -> Layer:
+        """Prepare a layer, with random weights unless some are given, and with what is stored about x, if anything."""
         given = weights(asked) if given is None else given
-        return cls(kernel, asked, given, kernel.prepare(asked, given, (None,) * len(given), torch.device("cpu")))
+        stored = (None,) * len(given) if stored is None else stored
+        return cls(kernel, asked, given, kernel.prepare(asked, given, stored, torch.device("cpu")))
 
     def inputs(self, rows: int, seed: int = 0) -> torch.Tensor:
         """Return x `[rows, K]`."""

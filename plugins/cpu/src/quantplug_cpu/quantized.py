@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 _TOP = 127.0
 
+_PIECE_ROWS = 256
+"""
+Rows that are multiplied at once. Temporaries take 12 bytes for each element of x and y, and memory that is new to the
+process costs more to touch than these operations do.
+"""
+
 _ALIASED = 2048
 """
 Rows of codes that are a multiple of this apart compete for one place in the cache when torch transposes them, which it
@@ -84,7 +90,7 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
         flat = torch.nn.functional.pad(flat, (0, pad))
     activation = prepared.problem.activation
     whole = activation is not None and activation.granularity == "tensor"
-    product = _with_gradients if x.requires_grad else quantized_linear
+    product = _by_pieces if rows > _PIECE_ROWS or x.requires_grad else quantized_linear
     codes, scales, offsets = tensors["codes.0"], tensors["row_scales"], tensors.get("offsets")
     if "x_scale.1" not in tensors:
         y = product(flat, codes, scales, tensors.get("x_scale.0"), tensors.get("x_zero.0"), offsets, bias, whole)
@@ -130,19 +136,34 @@ def quantized_linear(
         bias: `[N]` in the dtype of x, or None.
         whole: whether a scale that is computed is one for all of x, not one per row.
     """
-    exact = x.to(torch.float32)
     if x_scale is None:
         x_scale = _dynamic_scale(x, whole=whole)
-        # No quotient is beyond 127.
-        x_codes = exact.div(x_scale).round_()
-    else:
-        x_codes = exact.div(x_scale).round_()
-        x_codes = x_codes.clamp_(-128, 127) if x_zero is None else x_codes.add_(x_zero).clamp_(0, 255).sub_(128)
+    x_codes = x.to(torch.float32, copy=True).div_(x_scale).round_()
+    x_codes = x_codes.clamp_(-128, 127) if x_zero is None else x_codes.add_(x_zero).clamp_(0, 255).sub_(128)
     sums = _multiply_codes(x_codes.to(torch.int8), codes)
     if offsets is not None:
         sums = sums.add_(offsets)
     y = torch.mul(sums, scales).mul_(x_scale)
     return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def quantized_linear_by_pieces(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    whole: bool,
+) -> torch.Tensor:
+    """Return what `quantized_linear` does, for some rows at a time, so that temporaries stay small."""
+    if x_scale is None and whole:
+        x_scale = _dynamic_scale(x, whole=True)
+    y = x.new_empty(x.shape[0], codes.shape[0])
+    for some, target in zip(x.split(_PIECE_ROWS), y.split(_PIECE_ROWS), strict=True):
+        target.copy_(quantized_linear(some, codes, scales, x_scale, x_zero, offsets, bias, whole))
+    return y
 
 
 def _multiply_codes(x_codes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -184,11 +205,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return back, None, None, None, None, None, grad.sum(0) if ctx.bias else None, None
 
 
-_with_gradients = register(
+_by_pieces = register(
     "quantized_linear",
     "(Tensor x, Tensor codes, Tensor scales, Tensor? x_scale, Tensor? x_zero, Tensor? offsets, Tensor? bias, "
     "bool whole) -> Tensor",
-    quantized_linear,
+    quantized_linear_by_pieces,
     _fake,
 )
 differentiate("quantized_linear", _keep_operands, _backward)
