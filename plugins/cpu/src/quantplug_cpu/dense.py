@@ -28,11 +28,11 @@ _RATES = {
 }
 """Measured as those in `accept` are, by activation dtype."""
 
-_EXTRA_BYTE_US = 2.0e-4
+_EXTRA_BYTE_US = 5.0e-4
 """
-What each byte beyond the file's own adds to the estimate, microseconds per call: about what one costs that is read at
-5 GB/s. It is no time that the product takes. A dense copy undoes what a checkpoint was quantized for, and takes memory
-from all that runs beside it, so that it has to be faster by more than this to be chosen.
+What each byte beyond the file's own adds to the estimate, microseconds per call. It is no time that the product takes:
+it is the price of memory, set so that a packed layout is left for a dense copy only where the copy is several times as
+fast. A copy undoes what a checkpoint was quantized for, and takes memory from all that runs beside it.
 """
 
 
