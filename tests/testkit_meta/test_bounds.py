@@ -116,6 +116,15 @@ def test_a_cast_of_scales_that_changes_none_costs_nothing():
     assert weight_error(segment_of(sample()), (Cast("scales", "bfloat16"),)).any()
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_scales_may_be_cast_before_or_after_their_global_scale(before):
+    """Each weight on its own, so that no sum hides which of both is permitted."""
+    spec = WeightSpec(ElementType.UINT4, PerGroup(32), "float32", global_scale=True)
+    weight = make_weight(spec, 64, 64, np.random.default_rng(3), scales="spread")
+    casts = (Cast("scales", "bfloat16"),)
+    held_against(torch.eye(64), weight, None, casts, honest_product(torch.eye(64), weight, None, casts, before=before))
+
+
 def test_a_cast_of_zeros_costs_nothing_where_the_zero_point_is_in_the_middle():
     """`(mid - zero) * scale` is exactly 0 there, and signed codes have no zero point at all."""
     cast = (Cast("zeros", "bfloat16"),)
@@ -136,6 +145,16 @@ def test_the_terms_add_up_as_written():
     expected = accumulated + 2.0**-8 * (4 + accumulated) + 2.0**-134
     assert bound.tolist() == [[expected]]
     assert unit_roundoff("bfloat16") == 2.0**-8
+
+
+def test_a_global_scale_is_two_roundings():
+    """The same with a global scale of 2: of a scale of 0.25 it makes the same value."""
+    spec = WeightSpec(ElementType.UINT4, PerGroup(32), global_scale=True)
+    weight = make_weight(spec, 1, 1, np.random.default_rng(0))
+    weight.codes[:], weight.zeros[:], weight.scales[:], weight.global_scale[...] = 11, 8, 0.25, 2.0
+    bound = linear_bound(np.array([[2.0]]), [segment_of(weight)], np.array([1.0]), "float32")
+    accumulated = (gamma(6, 2.0**-24) + gamma(6, 2.0**-53)) * (2 * 1.5 + 1) + 2.0**-126 * (2 + 6)
+    assert bound.tolist() == [[accumulated + 2.0**-24 * (4 + accumulated) + 2.0**-150]]
 
 
 def test_a_result_that_may_overflow_may_be_infinite():

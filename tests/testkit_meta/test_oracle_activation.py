@@ -17,7 +17,7 @@ from quantplug_testkit import strategies
 from quantplug_testkit.activation import make_activation, quantized
 from quantplug_testkit.canonical import to_float64
 from quantplug_testkit.compare import assert_within
-from quantplug_testkit.oracles import activation
+from quantplug_testkit.oracles import activation, floats
 from quantplug_testkit.oracles.activation import Rule, quantize
 from quantplug_testkit.quantizing import dynamic_scale, fake_quantize, largest, nearest
 
@@ -25,19 +25,7 @@ MXFP8 = Rule("float8_e4m3fn", "group", True, 32, "float8_e8m0fnu")
 MXFP4 = Rule("float4_e2m1fn", "group", True, 32, "float8_e8m0fnu")
 NVFP4 = Rule("float4_e2m1fn", "group", True, 16, "float8_e4m3fn")
 
-PERMISSIONS = (
-    "int8/token/dynamic",
-    "int8/tensor/dynamic",
-    "int8/group5/dynamic",
-    "float8_e4m3fn/token/dynamic",
-    "float8_e5m2/group4/dynamic",
-    "int8/tensor/static",
-    "uint8/tensor/static",
-    "float8_e4m3fn/tensor/static",
-    "float8_e4m3fn/group32/dynamic/float8_e8m0fnu",
-    "float4_e2m1fn/group4/dynamic/float8_e8m0fnu",
-    "float4_e2m1fn/group16/dynamic/float8_e4m3fn+global",
-)
+PERMISSIONS = strategies.PERMISSIONS[1:]
 
 
 def row(*numbers):
@@ -73,6 +61,15 @@ def test_zeros_have_a_scale():
         assert quantize(np.zeros((2, 3)), rule).values.tolist() == [[0, 0, 0], [0, 0, 0]]
         assert not quantize(np.zeros((2, 3)), rule).error.any()
         assert quantize(np.zeros((0, 3)), rule).values.shape == (0, 3)
+
+
+def test_scales_are_never_below_the_smallest_normal_number():
+    """An x that is smaller gets smaller codes; one that is a subnormal itself may be flushed to zero."""
+    found = quantize(row(2.0**-125, 2.0**-127, 3 * 2.0**-128), Rule("int8", "token", True))
+    assert found.values.tolist() == [[2.0**-125, 0, 2.0**-126]]
+    assert found.error[0, 1] == pytest.approx(2.0**-126)
+    assert found.error[0, 2] == 2.0**-126
+    assert found.error[0, 0] < 2.0**-145
 
 
 @pytest.mark.parametrize(
@@ -128,11 +125,12 @@ def test_what_no_rule_covers_is_refused(rule, stored):
         quantize(row(1.0), rule, **stored)
 
 
-# ways to evaluate in float32: how the scale is had from amax, and how x is divided by it
+# ways to evaluate in float32: how the scale is had from amax, and how x is divided by it; torch takes a number over a
+# tensor for the number times a reciprocal, which is one rounding more
 SCALES = {
     "amax / top": lambda amax, top: amax / top,
     "amax * (1 / top)": lambda amax, top: amax * torch.tensor(1 / top, dtype=torch.float32),
-    "1 / (top / amax)": lambda amax, top: 1 / (top / amax),
+    "1 / (top / amax)": lambda amax, top: 1 / (torch.tensor(top) / amax),
 }
 QUOTIENTS = {
     "x / scale": lambda x, scale: x / scale,
@@ -140,19 +138,43 @@ QUOTIENTS = {
 }
 
 
-@given(st.data(), st.sampled_from(["int8", "float8_e4m3fn"]), st.sampled_from(strategies.DTYPES))
+def beside_boundaries(element, amax, generator):
+    """A row with that largest magnitude, all others within a few roundings of the middle between two codes."""
+    codes = np.arange(127.0) if element == "int8" else floats.values("float8_e4m3fn")[:127]
+    middles = (codes[1:] + codes[:-1]) / 2 * (amax / codes[-1])
+    signed = (
+        middles * generator.choice([-1.0, 1.0], middles.size) * (1 + generator.uniform(-4, 4, middles.size) / 2**24)
+    )
+    return torch.from_numpy(np.append(signed, amax)).float()[None]
+
+
+@given(strategies.seeds(), st.sampled_from(["int8", "float8_e4m3fn"]))
 @settings(max_examples=200, deadline=None)
-def test_every_right_evaluation_is_permitted(data, element, dtype):
+def test_every_right_evaluation_is_permitted(generator, element):
     """Whatever order of roundings a kernel chooses, each of its numbers lies within what the oracle permits."""
     spec = read_activation(f"{element}/token/dynamic", "here")
-    x = data.draw(strategies.inputs((4, 24), dtype)).float()
+    x = beside_boundaries(element, float(np.float32(generator.uniform(0.1, 10))), generator)
     oracle = quantized(to_float64(x), spec, None)
     top = 127.0 if element == "int8" else 448.0
-    amax = largest(x, spec).clamp(min=top * 2.0**-126)
     for scale_of, quotient_of in product(SCALES.values(), QUOTIENTS.values()):
-        scale = scale_of(amax, top)
+        scale = scale_of(largest(x, spec), top)
         codes = nearest(quotient_of(x, scale), spec.element, None)
         assert_within(codes.double() * scale.double(), oracle.values, oracle.error, "x")
+
+
+@given(strategies.seeds())
+@settings(max_examples=200, deadline=None)
+def test_a_zero_point_may_be_added_before_rounding(generator):
+    """Which takes what lies beside a boundary to another side, and a tie to another even code."""
+    spec = read_activation("uint8/tensor/static", "here")
+    params = make_activation(spec, generator)
+    middles = generator.integers(-60, 60, (1, 64)) + 0.5
+    beside = generator.uniform(-1, 1, (1, 64)) * (np.abs(middles) + int(params.zero)) / 2**24
+    x = torch.from_numpy((middles + beside) * float(params.scale)).float()
+    oracle = quantized(to_float64(x), spec, params)
+    for quotient_of in QUOTIENTS.values():
+        codes = (quotient_of(x, params.scale) + params.zero).round().clamp(0, 255) - params.zero
+        assert_within(codes.double() * params.scale.double(), oracle.values, oracle.error, "x")
 
 
 @given(st.data(), st.sampled_from(PERMISSIONS), st.sampled_from(strategies.DTYPES))

@@ -83,12 +83,19 @@ def test_the_oracle_and_the_core_agree_on_values(weight):
 @given(strategies.layers(largest=32))
 @quick
 def test_layers_fit_their_problem(layer):
-    """One weight per segment, in its size and format, and a bias when there is one."""
+    """One weight per segment, in its size and format, a bias when there is one, and what the file stores about x."""
     problem = layer.problem
     assert [weight.spec for weight in layer.weights] == [segment.weight for segment in problem.segments]
     assert all(weight.in_features == problem.in_features for weight in layer.weights)
     assert sum(weight.out_features for weight in layer.weights) == problem.out_features
     assert (layer.bias is not None) == problem.bias
+    permission = problem.activation
+    for params in layer.activation:
+        assert (params is None) == (permission is None or (permission.dynamic and not permission.global_scale))
+        if params is not None:
+            assert (params.scale is None) == permission.dynamic
+            assert (params.zero is None) == (permission.element is not ElementType.UINT8)
+            assert (params.global_scale is None) != permission.global_scale
 
 
 def test_hard_problems_can_be_drawn():

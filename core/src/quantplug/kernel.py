@@ -61,7 +61,8 @@ class Accepted:
         extra_bytes: bytes it keeps beyond codes and scales at their stored width (padding, wider codes).
         notes: short remarks for the plan ("x is permuted once per call").
         quantizes_x: whether x is quantized as `problem.activation` permits, and exactly so; shown in the plan, and done
-            in the same way by the oracle that the kernel is checked against.
+            in the same way by the oracle that the kernel is checked against (`quantplug_testkit.oracles.activation`,
+            which says what scale belongs to which x, and which roundings are free).
     """
 
     cost: Cost

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from quantplug.activations import read_activation
 from quantplug.spec import (
     ElementType,
     Granularity,
@@ -25,23 +26,43 @@ from quantplug.spec import (
     SegmentSpec,
     WeightSpec,
 )
+from quantplug_testkit.activation import make_activation
 from quantplug_testkit.canonical import Scales, Zeros, make_weight
 
 if TYPE_CHECKING:
-    from quantplug.weight import Weight
+    from quantplug.spec import ActivationSpec
+    from quantplug.weight import ActivationParams, Weight
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 SCALE_DTYPES = (*DTYPES, "float8_e8m0fnu", "float8_e4m3fn")
 
+PERMISSIONS = (
+    "none",
+    "int8/token/dynamic",
+    "int8/tensor/dynamic",
+    "int8/group32/dynamic",
+    "int8/tensor/static",
+    "uint8/tensor/static",
+    "float8_e4m3fn/token/dynamic",
+    "float8_e4m3fn/group128/dynamic",
+    "float8_e4m3fn/tensor/static",
+    "float8_e5m2/token/dynamic",
+    "float8_e4m3fn/group32/dynamic/float8_e8m0fnu",
+    "float4_e2m1fn/group32/dynamic/float8_e8m0fnu",
+    "float4_e2m1fn/group16/dynamic/float8_e4m3fn+global",
+)
+"""What files permit about x, as `quantplug.activations` spells it: one of each kind that the oracle has a rule for."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """A problem with weights and a bias that fit it."""
+    """A problem with weights, a bias, and what is stored about x, that fit it."""
 
     problem: LinearProblem
     weights: tuple[Weight, ...]
     bias: torch.Tensor | None
+    activation: tuple[ActivationParams | None, ...]
 
 
 def seeds() -> st.SearchStrategy[np.random.Generator]:
@@ -94,6 +115,11 @@ def weight_specs(
     )
 
 
+def permissions() -> st.SearchStrategy[ActivationSpec | None]:
+    """What files say about quantizing x; None for no permission."""
+    return st.sampled_from(PERMISSIONS).map(lambda text: read_activation(text, "permissions"))
+
+
 @st.composite
 def weights(draw: st.DrawFn, spec: WeightSpec, out_features: int, in_features: int) -> Weight:
     """Weights that obey a spec, with zero points and scales of a drawn kind."""
@@ -130,18 +156,20 @@ def problems(draw: st.DrawFn, *, largest: int = 96, most_segments: int = 3) -> L
         ),
         dtype=draw(st.sampled_from(DTYPES)),
         bias=draw(st.booleans()),
+        activation=draw(permissions()),
     )
 
 
 @st.composite
 def layers(draw: st.DrawFn, *, largest: int = 96, most_segments: int = 3) -> Layer:
-    """Problems with weights and a bias."""
+    """Problems with weights, a bias, and what is stored about x."""
     problem = draw(problems(largest=largest, most_segments=most_segments))
     segments = tuple(
         draw(weights(segment.weight, segment.out_features, problem.in_features)) for segment in problem.segments
     )
     bias = draw(inputs((problem.out_features,), problem.dtype)) if problem.bias else None
-    return Layer(problem, segments, bias)
+    stored = tuple(make_activation(problem.activation, draw(seeds())) for _ in problem.segments)
+    return Layer(problem, segments, bias, stored)
 
 
 @st.composite

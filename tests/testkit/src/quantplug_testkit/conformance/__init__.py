@@ -70,7 +70,7 @@ class LinearKernelConformance(ContractTests, PrepareTests, ProductTests, Runtime
     def samples(self) -> list[Hazard]:
         """
         Return the first accepted hazard of each kind: fused, floating point of 8 and of 4 bits, act-order, with a bias,
-        and none of these; and of each permission that the kernel uses.
+        and none of these; and for each type that x is quantized to, by scales of either kind.
         """
         kinds: dict[str, Hazard] = {}
         for hazard in self.accepted():
@@ -80,7 +80,7 @@ class LinearKernelConformance(ContractTests, PrepareTests, ProductTests, Runtime
     def _kind(self, problem: LinearProblem) -> str:
         verdict = self.kernel.supports(problem, self.platform)
         if problem.activation is not None and isinstance(verdict, Accepted) and verdict.quantizes_x:
-            return str(problem.activation)
+            return f"{problem.activation.element} {problem.activation.dynamic}"
         if len(problem.segments) > 1:
             return "fused"
         weight = problem.segments[0].weight
