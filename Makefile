@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := core plugins/gptq plugins/auto-round plugins/fp8 plugins/mx plugins/awq plugins/int8 plugins/compressed-tensors \
-	plugins/modelopt plugins/quark plugins/cpu plugins/transformers plugins/peers plugins/cli \
+	plugins/modelopt plugins/quark plugins/torchao plugins/cpu plugins/transformers plugins/peers plugins/cli \
 	plugins-gpu/triton tests/testkit
 TOOLS := pytest hypothesis ml_dtypes import-linter ruff mypy matplotlib accelerate gguf
 
-.PHONY: demo test lint unit slow bench setup clean
+.PHONY: demo test lint unit slow bench witness setup clean
 
 demo: setup
 	$(BIN)/python examples/demo/demo.py
@@ -29,6 +29,11 @@ slow: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# What third-party tools wrote against what they decode from it themselves; tests/witness/README.md says how to make it.
+WITNESS ?= .cache/witness
+witness: setup
+	$(BIN)/python -m tests.witness.compare $(WITNESS)
 
 setup: $(VENV)/ready
 

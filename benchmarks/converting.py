@@ -2,8 +2,8 @@
 Converting a dense checkpoint: `python -m benchmarks.converting [--json] [--gigabytes 4] [--recipe int4-g64 …]`.
 
 A synthetic BF16 checkpoint, larger than what a conversion may hold, is converted in a process of its own. Its peak
-memory over that of the idle process stands beside what is allowed, three times the largest tensor and 300 MB; its speed,
-in MB/s of source bytes, beside that of merely copying the file.
+memory over that of the idle process stands beside what is allowed, three times the largest tensor and 300 MB; its
+speed, in MB/s of source bytes, beside that of merely copying the file.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def test_plugins_lists_what_is_installed_and_from_where() -> None:
     done = quantplug("plugins")
     assert "quantplug-gptq 0.1.0" in done.stdout
     assert "schemes:      gptq" in done.stdout
-    assert "kernels:      cpu.int4, cpu.int8" in done.stdout
+    assert "kernels:      cpu.dense, cpu.float4, cpu.int4, cpu.int8, cpu.w8a8" in done.stdout
+    assert "recipes:      fp8, fp8-block, fp8-tensor" in done.stdout
     listed = json.loads(quantplug("plugins", "--json").stdout)
     assert listed["failures"] == []
     assert listed["provides"]["quantplug-transformers"] == {"hosts": ["transformers"]}
@@ -85,10 +86,34 @@ def test_plan_shows_every_group_of_layers_with_rule_scheme_and_kernel(four_bit: 
 
 
 def test_plan_for_hardware_that_is_not_here_says_why_its_kernels_are_slow(four_bit: Path) -> None:
-    shown = quantplug("plan", four_bit, "--for", "cuda:9.0").stdout
-    assert "on cuda:9.0" in shown
+    shown = quantplug("plan", four_bit, "--for", "npu:910b").stdout
+    assert "on npu:910b" in shown
     assert "reference" in shown
     assert "warning" in shown
+    assert "triton.wna16: runs on cuda, not on npu:910b" in shown.replace("\n", " ")
+
+
+def test_plan_for_a_gpu_that_is_not_here_names_its_kernel(four_bit: Path) -> None:
+    shown = quantplug("plan", four_bit, "--for", "cuda:9.0").stdout
+    assert "triton.wna16" in shown
+    assert "not cpu.int4: runs on cpu, not on cuda:9.0" in shown.replace("\n", " ")
+
+
+def test_a_dense_checkpoint_is_quantized_on_load_or_written_so_and_both_say_the_same(
+    dense: Path, tmp_path: Path
+) -> None:
+    prompt = ("-p", "Hello", "--max-new-tokens", 6, "--json")
+    loaded = json.loads(quantplug("run", dense, "--quantize", "int4-g32", *prompt).stdout)
+    assert loaded["kernels"] == {"cpu.int4": 14}
+    quantplug("convert", dense, tmp_path / "int4", "--quantize", "int4-g32")
+    written = json.loads(quantplug("run", tmp_path / "int4", *prompt).stdout)
+    assert (written["text"], written["kernels"]) == (loaded["text"], loaded["kernels"])
+    shown = quantplug("plan", dense, "--quantize", "fp8", "--skip", "model.layers.1.mlp.down_proj").stdout
+    assert "13 layers quantized" in shown
+    assert "quantized on load, as the caller wishes" in shown.replace("\n", " ")
+    for arguments in (("plan", dense, "--skip", "lm_head"), ("convert", dense, tmp_path / "none")):
+        assert quantplug(*arguments, code=2).stderr
+    assert "QP-PLUG-MISSING" in quantplug("run", dense, "--quantize", "int5", *prompt, code=8).stderr
 
 
 def test_the_json_of_a_plan_is_a_plan(four_bit: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected
-from quantplug.plan import Choice, Decision
+from quantplug.plan import Candidate, Choice, Decision
 from quantplug_cli.grouping import braces, fold, ranges
 from quantplug_cli.text import choices, size, verdict
 
@@ -53,3 +53,13 @@ def test_several_kernels_are_shown_with_their_rows() -> None:
     decision = Decision((Choice("a", 0, 15), Choice("b", 16, 63), Choice("c", 64)), "x", ())
     assert choices(decision) == "a (M <= 15), b (M = 16 … 63), c (M >= 64)"
     assert choices(Decision((Choice("a"),), "x", ())) == "a"
+
+
+def test_a_kernel_that_quantizes_x_says_so() -> None:
+    accepted = Accepted(Cost(1, 1), quantizes_x=True)
+    candidates = (Candidate("a", "plugin-a", accepted), Candidate("b", "plugin-b", Accepted(Cost(1, 1))))
+    assert choices(Decision((Choice("a"),), "l", candidates)) == "a (quantizes x)"
+    assert choices(Decision((Choice("b"),), "l", candidates)) == "b"
+    both = (Choice("b", 0, 15), Choice("a", 16))
+    assert choices(Decision(both, "l", candidates)) == "b (M <= 15), a (M >= 16, quantizes x)"
+    assert "quantizes x as the file permits" in verdict(accepted)

@@ -24,7 +24,7 @@ Products are the same in float32, and torch rounds the result.
 """
 
 _PROGRAMS = 3.5
-"""Programs per multiprocessor that a small product is cut into, at least: enough loads under way to keep memory busy."""
+"""Programs per multiprocessor that a small product is cut into, at least: enough loads under way for the memory."""
 
 _MOST_SHARES = 16
 

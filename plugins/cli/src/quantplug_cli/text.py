@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantplug.kernel import Rejected
+from quantplug.kernel import Accepted, Rejected
 
 if TYPE_CHECKING:
     from quantplug.kernel import Verdict
@@ -25,10 +25,14 @@ def size(count: float) -> str:
 
 
 def choices(decision: Decision) -> str:
-    """Return the kernels of a decision: `cpu.int4`, or `a (M <= 15), b (M >= 16)`."""
-    if len(decision.choices) == 1:
-        return decision.choices[0].kernel
-    return ", ".join(f"{choice.kernel} ({rows(choice)})" for choice in decision.choices)
+    """Return the kernels of a decision: `cpu.int4`, `a (M <= 15), b (M >= 16)`, or `cpu.w8a8 (quantizes x)`."""
+    quantizing = {c.kernel for c in decision.candidates if isinstance(c.verdict, Accepted) and c.verdict.quantizes_x}
+    words = []
+    for choice in decision.choices:
+        remarks = [rows(choice)] if len(decision.choices) > 1 else []
+        remarks += ["quantizes x"] if choice.kernel in quantizing else []
+        words.append(choice.kernel + (f" ({', '.join(remarks)})" if remarks else ""))
+    return ", ".join(words)
 
 
 def rows(choice: Choice) -> str:
@@ -43,6 +47,7 @@ def verdict(answer: Verdict) -> str:
     if isinstance(answer, Rejected):
         return f"refused ({answer.code}): {answer.reason}" + (f"; {answer.fix}" if answer.fix else "")
     parts = [f"accepts, about {answer.cost.at(1):,.0f} us at M = 1 and {answer.cost.at(512):,.0f} us at M = 512"]
+    parts += ["quantizes x as the file permits"] if answer.quantizes_x else []
     parts += [f"rounds {cast.what} to {cast.dtype}" for cast in answer.casts]
     parts += answer.notes
     return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""Speed on a GPU; `python -m benchmarks.gpu` runs all of it."""
