@@ -1,0 +1,102 @@
+"""
+What the stored values of a layer must satisfy, and errors that name the element which does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantplug.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from quantplug.spec import ParamSpec
+
+_FIX = "The file was damaged or quantized wrongly; download it again or ask its maker."
+
+
+def check_stored(specs: Sequence[ParamSpec], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """
+    Check presence, dtype and shape of a layer's tensors.
+
+    Raises:
+        CheckpointError: `QP-ST-MISSING`, `QP-ST-DTYPE`, `QP-ST-SHAPE`.
+    """
+    for spec in specs:
+        tensor = tensors.get(spec.suffix)
+        name = f"{where}.{spec.suffix}"
+        if tensor is None:
+            if spec.required:
+                raise CheckpointError("QP-ST-MISSING", name, "is not there", expected="every tensor of the layer")
+            continue
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in spec.dtypes:
+            raise CheckpointError("QP-ST-DTYPE", name, f"dtype {dtype}", expected=" or ".join(spec.dtypes))
+        if tuple(tensor.shape) not in (spec.shape, *spec.other_shapes):
+            raise CheckpointError("QP-ST-SHAPE", name, f"shape {list(tensor.shape)}", expected=f"{list(spec.shape)}")
+
+
+def check_scales(scales: torch.Tensor, name: str) -> None:
+    """
+    Check that scales are finite and not negative: torchao computes each as a range over a constant.
+
+    Raises:
+        CheckpointError: `QP-ST-SCALE` with the first element at fault.
+    """
+    _first(~(scales.isfinite() & (scales >= 0)), scales, "QP-ST-SCALE", name, "a finite scale, 0 or above")
+
+
+def check_floats(codes: torch.Tensor, name: str) -> None:
+    """
+    Check that every 8-bit float is a finite number.
+
+    Raises:
+        CheckpointError: `QP-ST-CODE` with the first element at fault.
+    """
+    values = codes.to(torch.float32)
+    _first(~values.isfinite(), values, "QP-ST-CODE", name, "finite codes")
+
+
+def check_range(values: torch.Tensor, bits: int, code: str, name: str) -> None:
+    """
+    Check that int8 values fit into fewer bits: every 8-bit value is allowed, else `-2^(bits-1) … 2^(bits-1) - 1`.
+
+    Args:
+        values: int8, any shape.
+        bits: width they must fit into.
+        code: of the error.
+        name: tensor name.
+
+    Raises:
+        CheckpointError: `code` with the first element at fault.
+    """
+    if bits == 8 or not values.numel():  # a byte is a byte
+        return
+    half = 1 << (bits - 1)
+    low, high = (int(value) for value in values.aminmax())
+    if low < -half or high >= half:
+        _first((values < -half) | (values >= half), values, code, name, f"{-half} to {half - 1}, for {bits} bits")
+
+
+def check_zero(zeros: torch.Tensor, name: str) -> None:
+    """
+    Check that the zero points of a symmetric weight are what that word says.
+
+    Raises:
+        CheckpointError: `QP-ST-ZEROS` with the first element at fault.
+    """
+    _first(zeros != 0, zeros, "QP-ST-ZEROS", name, "0: the configuration says that codes are symmetric")
+
+
+def _first(wrong: torch.Tensor, values: torch.Tensor, code: str, name: str, expected: str) -> None:
+    if not bool(wrong.any()):
+        return
+    places = wrong.nonzero()
+    place = places[0].tolist()
+    raise CheckpointError(
+        code, f"{name}{place or ''}", f"is {values[tuple(place)].item()} ({len(places)} of {values.numel()} are wrong)",
+        expected=expected, fix=_FIX,
+    )  # fmt: skip
