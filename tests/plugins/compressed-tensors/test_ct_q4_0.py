@@ -210,12 +210,24 @@ def test_intervals_end_where_rounding_changes(bits, dtype):
         assert np.nextafter(high, np.float32("inf")).astype(maker) != number
 
 
-@settings(max_examples=60, deadline=None)
-@given(bits=st.integers(1 << 3, 0x7F00_0000), factor=st.integers(1, 8))
-def test_factors_end_where_products_leave_the_limit(bits, factor):
-    """The least and greatest float32 whose float32 product with a small number is within a limit."""
-    product = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
-    factors = torch.tensor([float(factor)])
-    least, most = floats.least_factor(product, factors), floats.greatest_factor(product, factors)
-    assert bool(least * factors >= product > floats.preceding(least) * factors)
-    assert bool(most * factors <= product < floats.following(most) * factors)
+def test_factors_end_where_products_leave_the_limit():
+    """The least and greatest float32 whose rounded product is within a limit, where the quotient misses them, too."""
+    random = np.random.default_rng(6)
+    products = torch.from_numpy(random.integers(1 << 3, 0x7F00_0000, 20_000, dtype=np.int32)).view(torch.float32)
+    factors = torch.from_numpy(random.integers(1, 9, 20_000).astype(np.float32))
+    least, most = floats.least_factor(products, factors), floats.greatest_factor(products, factors)
+    assert bool((least * factors >= products).all())
+    assert bool((floats.preceding(least) * factors < products).all())
+    assert bool((most * factors <= products).all())
+    assert bool((floats.following(most) * factors > products).all())
+    assert not torch.equal(least, products / factors)
+
+
+@pytest.mark.parametrize(("weights", "step"), [((-8, 7, 1), 0.5), ((-26, 19, 10), floats.unit(torch.bfloat16))])
+def test_zeros_of_the_other_sign_are_still_zeros(weights, step):
+    """-8 forces the scale's sign, and with it that of zeros; values count more than the sign of a zero."""
+    dense = torch.zeros(1, 32, dtype=torch.bfloat16)
+    dense[0, :4] = torch.tensor([*weights, -0.0]) * step
+    codes, scales = q4_0.quantize(dense, torch.bfloat16)
+    assert codes[0, 0] == -8
+    assert torch.equal((codes.float() * scales.float()).bfloat16(), dense)
