@@ -125,8 +125,9 @@ def dynamic_scale(amax: torch.Tensor, spec: ActivationSpec, factor: torch.Tensor
     """Return the scale that follows from a largest magnitude, float32, the global scale included."""
     if spec.scale_dtype == "float8_e8m0fnu":
         # adding an eighth of its binade carries into the exponent from a significand of 1.75 on
-        exponent = ((amax.view(torch.int32) + (1 << 21)) >> 23) - _EMAX[spec.element]
-        scale = exponent.clamp(0, 254).to(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
+        exponent = (((amax.view(torch.int32) + (1 << 21)) >> 23) - _EMAX[spec.element]).clamp(0, 254)
+        # inductor has no float8_e8m0fnu for the CPU; as float32, 2^-127 is a subnormal
+        scale = torch.where(exponent == 0, 2.0**-127, (exponent << 23).view(torch.float32))
     elif spec.scale_dtype == "float8_e4m3fn":
         multiplier = 1.0 if factor is None else factor.to(torch.float32)
         stored = (amax / _TOPS[spec.element] / multiplier).clamp(max=448).to(torch.float8_e4m3fn)
