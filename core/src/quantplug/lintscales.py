@@ -167,7 +167,7 @@ def _scales(
             largest = 0
     for suffix, name in shared:
         read_as = _E8M0 if checkpoint.tensors[name].dtype == "uint8" and spec.scale_dtype == _E8M0 else ""
-        if suffix in inputs or suffix in factors:
+        if suffix in inputs or suffix in factors or suffix in scheme.divisors:
             yield _Stored(name, signed=False, divides=True, largest=0, dtype=read_as)
         else:
             yield _Stored(name, signed=not spec.element.floating, divides=False, largest=largest, dtype=read_as)

@@ -42,6 +42,11 @@ class LinearScheme(ABC):
     def required_suffixes(self) -> frozenset[str]:
         """Those without which a layer of this format is incomplete."""
 
+    @property
+    def divisors(self) -> frozenset[str]:
+        """Those of the stored scales of a weight that its values are divided by; all others multiply."""
+        return frozenset()
+
     @classmethod
     @abstractmethod
     def build(cls, params: Mapping[str, Json], where: str) -> Self:

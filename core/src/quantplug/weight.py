@@ -29,7 +29,8 @@ class Weight:
             with the four bits of a float4_e2m1fn code in the low nibble. Logical shape only: strides are free, also
             below (a decoder may hand over the transposed view of a `[K, N]` buffer), so a kernel must not assume them.
         scales: as `scale_shape` says, in the stored dtype; a scale always multiplies. With `g_idx`, `[N, G]` where G is
-            the number of groups it addresses.
+            the number of groups it addresses. Where the file stores float32 divisors, they are the reciprocals in
+            float64: the float32 that each rounds to multiplies, and the divisor itself comes back from it.
         spec: the contract the tensors obey.
         zeros: uint8, of the shape of the scales, or None for signed codes.
         g_idx: int32 `[K]`, group of each input; None when it is the trivial `k // g`.

@@ -65,6 +65,8 @@ class Layer:
         n, k = self.shape.out_features, self.shape.in_features
         (name,) = {"weight_scale", "weight_scale_inv"} & self.tensors.keys()
         scales = self.tensors[name].to(torch.float64).numpy()
+        if self.params.get("inverse"):
+            scales = (1 / scales).astype(np.float32).astype(np.float64)
         codes = floats.decode(octets(self.tensors["weight"]), str(self.params.get("element", ELEMENTS[0])))
         return (codes * expanded(scales, self.params, n, k)).astype(np.float32)
 

@@ -14,8 +14,10 @@ from quantplug.spec import LinearShape
 from quantplug_fp8.scheme import FP8Scheme
 
 N, K = 24, 40
+_INVERSE = "weight_scale_inv"
 CHANNEL: dict[str, object] = {"strategy": "channel"}
 BLOCK: dict[str, object] = {"strategy": "block", "block_n": 16, "block_k": 16}
+DIVIDED: dict[str, object] = {**BLOCK, "scale_name": _INVERSE, "inverse": True}
 STATIC: dict[str, object] = {"strategy": "tensor", "activation": "float8_e4m3fn/tensor/static"}
 NAN, INF = float("nan"), float("inf")
 
@@ -45,6 +47,16 @@ VALUES = {
     ),
     "scale that underflowed": (
         CHANNEL, "weight_scale", lambda t: (t * 1e-30).half(), "QP-ST-SCALE", r"is 0.0 \(24 of 24 are wrong\)",
+    ),
+    "divided by 0": (DIVIDED, _INVERSE, lambda t: at(t, (1, 2), 0), "QP-ST-SCALE", r"\[1, 2\]: is 0.0 .*above 0"),
+    "divided by infinity": (DIVIDED, _INVERSE, lambda t: at(t, (1, 2), INF), "QP-ST-SCALE", r"\[1, 2\]: is inf"),
+    "divided by NaN": (DIVIDED, _INVERSE, lambda t: at(t, (1, 2), NAN), "QP-ST-SCALE", r"\[1, 2\]: is nan"),
+    "divided by less than 0": (DIVIDED, _INVERSE, lambda t: -t, "QP-ST-SCALE", r"\[0, 0\]: is -.*6 of 6"),
+    "divided by a subnormal": (
+        DIVIDED, _INVERSE, lambda t: at(t, (0, 1), 1e-39), "QP-ST-SCALE", r"\[0, 1\]: is 1.00.*e-39 .*whose reciprocal",
+    ),
+    "divided in bfloat16": (
+        DIVIDED, _INVERSE, lambda t: t.bfloat16(), "QP-ST-DTYPE", r"dtype bfloat16; expected float32",
     ),
     "NaN among powers of two": (
         BLOCK, "weight_scale", lambda t: byte(t.to(torch.float8_e8m0fnu), 255, (0, 1)), "QP-ST-SCALE",

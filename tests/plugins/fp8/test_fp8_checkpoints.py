@@ -12,6 +12,7 @@ from fp8_checkpoints import LINEAR, REGISTRY, layers, tensors_of, write
 from quantplug.errors import CheckpointError, ConfigError
 from quantplug.inventory import Inventory, ModuleInfo
 from quantplug.ledger import Ledger
+from quantplug.lint import lint
 from quantplug.load import load_layers, stored_tensors
 from quantplug.modules import QuantizedLinear
 from quantplug.plan import Plan
@@ -41,6 +42,14 @@ SPELLINGS = {
     ),
     "e5m2": ({"strategy": "tensor", "element": "float8_e5m2"}, {}, {"fmt": "e5m2"}),
     "e4m3fnuz": ({"strategy": "tensor", "element": "float8_e4m3fnuz"}, {}, {"fmt": "e4m3fnuz"}),
+    "rows that are divided": (
+        {"strategy": "channel", "inverse": True, "scale_name": "weight_scale_inv", "scale_shape": (-1,)}, {},
+        {"weight_scale_method": "row", "weight_scale_semantics": "inverse", "group_size": -1},
+    ),
+    "blocks that are divided": (
+        {**BLOCK, "inverse": True, "scale_name": "weight_scale_inv"}, {},
+        {"weight_scale_semantics": "inverse", "weight_block_size": [16, 16], "group_size": -1},
+    ),
     "fbgemm": ({"strategy": "channel"}, {}, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
 }  # fmt: skip
 
@@ -245,3 +254,17 @@ def test_dense_weights_are_rounded_while_they_are_loaded(tmp_path, recipe):
         weight = dense[f"{path}.weight"].float()
         error = (wanted.dequantize() - weight).abs()
         assert bool((error <= weight.abs() * (2**-4 + 2**-22) + wanted.scales.max() * 2**-10).all())
+
+
+def test_lint_does_not_take_scales_that_divide_for_factors(tmp_path):
+    """A thousand is large for what multiplies and usual for what divides; 0 is nothing to divide by."""
+    quantized = layers(strategy="channel", inverse=True, scale_name="weight_scale_inv")
+    for layer in quantized.values():
+        layer.tensors["weight_scale_inv"] = torch.full((layer.shape.out_features,), 1000.0)
+    section = {"weight_scale_method": "row", "weight_scale_semantics": "inverse", "group_size": -1}
+    found = lint(write(tmp_path / "good", tensors_of(quantized), **section), registry=REGISTRY).findings
+    assert not [finding for finding in found if finding.code == "QP-LINT-HUGE"]
+    first = next(iter(quantized))
+    quantized[first].tensors["weight_scale_inv"][3] = 0
+    found = lint(write(tmp_path / "bad", tensors_of(quantized), **section), registry=REGISTRY).findings
+    assert [finding.where for finding in found if finding.code == "QP-ST-SCALE"] == [f"{first}.weight_scale_inv"]

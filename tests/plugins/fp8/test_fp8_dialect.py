@@ -21,6 +21,12 @@ from quantplug_fp8.scheme import FP8Scheme
 
 WHERE = "config.json: quantization_config"
 DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+GPTQMODEL = {
+    "bits": 8, "checkpoint_format": "float8_e4m3fn", "desc_act": False, "format": "float8_e4m3fn", "group_size": -1,
+    "lm_head": False, "meta": {"quantizer": ["gptqmodel:7.7.0"]}, "method": "fp8", "pack_dtype": "int32",
+    "weight_scale_method": "row", "weight_scale_semantics": "inverse",
+}  # fmt: skip
+GPTQMODEL_BLOCKS = {**GPTQMODEL, "weight_scale_method": "block", "weight_block_size": [128, 128]}
 PATH = "model.layers.0.mlp.up_proj"
 
 
@@ -72,6 +78,52 @@ def test_what_fields_mean(name):
     scheme = ruling(parse(**fields), PATH)
     assert scheme.describe() == words
     assert scheme.scale_name == "either"
+
+
+DIVIDED = {
+    "rows": (GPTQMODEL, f"fp8 e4m3fn per channel, scales divide, x float8_e4m3fn {BY_TOKEN}"),
+    "ROW": (
+        {**GPTQMODEL, "weight_scale_method": "ROW", "weight_scale_semantics": "Inverse"},
+        f"fp8 e4m3fn per channel, scales divide, x float8_e4m3fn {BY_TOKEN}",
+    ),
+    "blocks": (GPTQMODEL_BLOCKS, "fp8 e4m3fn block 128x128, scales divide"),
+    "one for all": (
+        {**GPTQMODEL, "weight_scale_method": "tensor"},
+        f"fp8 e4m3fn per tensor, scales divide, x float8_e4m3fn {BY_TOKEN}",
+    ),
+    "method alone": (
+        {"weight_scale_method": "row"}, f"fp8 e4m3fn per channel, scales divide, x float8_e4m3fn {BY_TOKEN}",
+    ),
+    "semantics alone": (
+        {"weight_scale_semantics": "inverse", "weight_block_size": [64, 32]}, "fp8 e4m3fn block 64x32, scales divide",
+    ),
+    "e5m2": (
+        {**GPTQMODEL_BLOCKS, "format": "e5m2", "checkpoint_format": "float8_e5m2"},
+        "fp8 e5m2 block 128x128, scales divide",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_scales_that_divide(name):
+    """GPTQModel's spelling: said by name, or by the words that it alone has; its keys are all known."""
+    fields, words = DIVIDED[name]
+    config = parse(**fields)
+    scheme = ruling(config, PATH)
+    assert scheme.describe() == words
+    assert scheme.required_suffixes == {"weight", "weight_scale_inv"}
+    assert config.notes == ()
+
+
+def test_layers_that_gptqmodel_left_alone():
+    """`dynamic` with a minus names them by expression; parameters of single layers are refused, not passed over."""
+    config = parse(**GPTQMODEL, dynamic={r"-:.*\.mlp\.": {}})
+    assert ruling(config, PATH) is None
+    assert ruling(config, "model.layers.0.self_attn.q_proj") is not None
+    config = parse(**GPTQMODEL, dynamic={r"+:.*\.mlp\.": {"weight_scale_method": "tensor"}})
+    with pytest.raises(ConfigError, match="weight_scale_method: is no parameter of fp8") as caught:
+        ruling(config, PATH)
+    assert caught.value.code == "QP-CFG-UNKNOWN"
 
 
 def test_powers_of_two_for_the_scales_of_x_too():
@@ -139,6 +191,24 @@ REFUSED = {
     "act_dynamic": (
         {"activation_scheme": "static", "act_dynamic": True}, "QP-CFG-CONTRADICTION", "beside activation_scheme 'stat",
     ),
+    "scales of another meaning": (
+        {**GPTQMODEL, "weight_scale_semantics": "forward"}, "QP-CFG-FIELD",
+        "weight_scale_semantics is the string 'forward'; expected one of 'inverse'",
+    ),
+    "scales shared otherwise": ({**GPTQMODEL, "weight_scale_method": "column"}, "QP-CFG-FIELD", "the string 'column'"),
+    "rows beside blocks": (
+        {**GPTQMODEL_BLOCKS, "weight_scale_method": "row"}, "QP-CFG-CONTRADICTION",
+        r"weight_scale_method is 'row', beside weight_block_size \[128, 128\]",
+    ),
+    "blocks without a size": (
+        {**GPTQMODEL, "weight_scale_method": "block"}, "QP-CFG-CONTRADICTION", "beside no weight_block_size",
+    ),
+    "groups beside rows": ({**GPTQMODEL, "group_size": 128}, "QP-CFG-CONTRADICTION", "group_size is the integer 128"),
+    "two types": (
+        {**GPTQMODEL, "fmt": "e5m2"}, "QP-CFG-CONTRADICTION", "'e5m2', beside format and checkpoint_format of another",
+    ),
+    "codes that are powers of two": ({"format": "float8_e8m0fnu"}, "QP-CFG-FIELD", "the string 'float8_e8m0fnu'"),
+    "inputs in another order": ({**GPTQMODEL, "desc_act": True}, "QP-CFG-UNKNOWN", "desc_act is true"),
     "cache unknown": ({"kv_cache_scheme": "int8"}, "QP-CFG-FIELD", "the string 'int8'"),
     "cache an object": ({"kv_cache_scheme": {"num_bits": 8}}, "QP-CFG-FIELD", "an object with 1 keys"),
     "cache of integers": ({"kv_cache_quant_algo": "INT8"}, "QP-CFG-FIELD", "the string 'INT8'"),

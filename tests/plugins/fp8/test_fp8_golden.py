@@ -1,5 +1,5 @@
 """
-Rows of files that llm-compressor, Transformers and auto-round wrote: their own bytes, their own dequantized weights.
+Rows of files that other tools wrote: their own bytes, their own dequantized weights.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ OWN = {
     "hf-fp8-tensor": "fp8 e4m3fn per tensor, x float8_e4m3fn per token, dynamic",
     "ar-fp8-block": "fp8 e4m3fn block 128x128, x float8_e4m3fn group 128, dynamic",
 }
+DIVIDED = {
+    "gq-fp8-row": "fp8 e4m3fn per channel, scales divide, x float8_e4m3fn per token, dynamic",
+    "gq-fp8-block128": "fp8 e4m3fn block 128x128, scales divide",
+}
 
 
 def tensor(spelled: dict) -> torch.Tensor:
@@ -58,7 +62,7 @@ def scheme_of(case: str, document: dict) -> FP8Scheme:
 
 def test_the_cases_are_all_there():
     """Per tensor, row and block, BF16, FP32 and power-of-two scales, both spellings, static and dynamic."""
-    assert {path.stem for path in GOLDEN.glob("*.json")} == OTHERS.keys() | OWN.keys()
+    assert {path.stem for path in GOLDEN.glob("*.json")} == OTHERS.keys() | OWN.keys() | DIVIDED.keys()
 
 
 @pytest.mark.parametrize("case", [*OTHERS, *OWN])
@@ -77,6 +81,31 @@ def test_decode_agrees_with_the_tool_bit_for_bit_and_encode_gives_its_bytes(case
     for suffix in tensors.keys() - {"weight"}:
         assert torch.equal(encoded[suffix].float().flatten(), tensors[suffix].float().flatten()), suffix
         assert suffix == "input_scale" or encoded[suffix].dtype == tensors[suffix].dtype
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_divided_values_are_the_tools_within_one_rounding_of_the_scale_and_encode_gives_its_bytes(case):
+    """
+    In float64 the reciprocals give the tool's values to the bit; the float32 that multiplies is one rounding away.
+    """
+    document = read(case)
+    scheme = scheme_of(case, document)
+    assert scheme.describe() == DIVIDED[case]
+    tensors = {suffix: tensor(spelled) for suffix, spelled in document["tensors"].items()}
+    theirs = tensor(document["values"])
+    shape = scheme.shape_of({suffix: tuple(stored.shape) for suffix, stored in tensors.items()}, document["layer"])
+    weight = scheme.decode(tensors, shape, document["layer"])
+    scales = weight.scales if "row" in case else weight.scales.repeat_interleave(128, 1)[:, : shape.in_features]
+    assert torch.equal((tensors["weight"].double() * scales).float(), theirs)
+    ours = weight.dequantize()
+    apart = (ours.view(torch.int32) - theirs.view(torch.int32)).abs()
+    assert int(apart.max()) == 1
+    assert torch.equal(ours.signbit(), theirs.signbit())
+    encoded = scheme.encode(weight)
+    assert torch.equal(encoded["weight"].view(torch.uint8), tensors["weight"].view(torch.uint8))
+    stored = tensors["weight_scale_inv"]
+    assert encoded["weight_scale_inv"].dtype == stored.dtype
+    assert torch.equal(encoded["weight_scale_inv"].flatten(), stored.flatten())
 
 
 def test_what_the_witnesses_are_there_for():

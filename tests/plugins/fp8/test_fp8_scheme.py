@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fp8_files import ELEMENTS, finite_bytes, float8, octets, stored_layer
+from fp8_files import ELEMENTS, expanded, finite_bytes, float8, octets, stored_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +65,52 @@ def test_decode_gives_the_oracles_values_and_encode_the_same_bytes(params, eleme
     assert encoded[name].dtype == dtype
     assert torch.equal(encoded[name].reshape(shape).float(), before[name].float())
     assert torch.equal(layer.tensors[name].float(), before[name].float()), "the caller's tensor was modified"
+
+
+FLOATS = st.floats(2.0**-100, 2.0**100, width=32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(params=strategies, element=st.sampled_from(ELEMENTS), data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_scales_that_divide(params, element, data, seed):
+    """
+    Values are the oracle's, within a unit in the last place of the quotient; the stored numbers come back to the bit.
+    """
+    n, k = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 40))
+    spelled = {**params, "element": element, "scale_name": "weight_scale_inv", "inverse": True}
+    spec = FP8Scheme.build(spelled, "test").params(LinearShape(n, k))[1]
+    assert spec.dtypes == ("float32",)
+    layer = stored_layer(
+        n, k, seed, scale_shape=data.draw(st.sampled_from([spec.shape, *spec.other_shapes])), **spelled
+    )
+    layer.tensors["weight_scale_inv"].flatten()[0] = data.draw(FLOATS)
+    before = layer.tensors["weight_scale_inv"].clone()
+    weight = layer.scheme.decode(layer.tensors, layer.shape, "layer")
+    assert (weight.spec.scale_dtype, weight.scales.dtype) == ("float32", torch.float64)
+    values = weight.dequantize()
+    assert np.array_equal(values.numpy(), layer.values())
+    codes = floats.decode(octets(layer.tensors["weight"]), element)
+    quotients = torch.from_numpy((codes / expanded(before.double().numpy(), spelled, n, k)).astype(np.float32))
+    assert int((values.view(torch.int32) - quotients.view(torch.int32)).abs().max()) <= 1
+    assert torch.equal(layer.tensors["weight_scale_inv"], before), "the caller's tensor was modified"
+    encoded = layer.scheme.encode(weight)
+    assert np.array_equal(octets(encoded["weight"]), octets(layer.tensors["weight"]))
+    assert torch.equal(encoded["weight_scale_inv"].reshape(before.shape), before)
+
+
+def test_scales_that_divide_are_told_apart_and_only_read():
+    """A plan says so; float32 reciprocals cannot tell what was stored, and no dense weight is written in this form."""
+    layer = stored_layer(8, 16, inverse=True, scale_name="weight_scale_inv")
+    assert layer.scheme.describe() == "fp8 e4m3fn per channel, scales divide"
+    assert layer.scheme.divisors == {"weight_scale_inv"}
+    assert stored_layer(8, 16).scheme.divisors == frozenset()
+    weight = layer.scheme.decode(layer.tensors, layer.shape, "layer")
+    with pytest.raises(ConvertError, match="cannot store scales in torch") as caught:
+        layer.scheme.encode(Weight(weight.codes, weight.scales.float(), weight.spec))
+    assert caught.value.code == "QP-CONV-SPEC"
+    with pytest.raises(ConvertError, match="reciprocals, which are read only") as caught:
+        layer.scheme.quantize(torch.ones(8, 16))
+    assert caught.value.code == "QP-CONV-SCHEME"
 
 
 @pytest.mark.parametrize("element", ELEMENTS)

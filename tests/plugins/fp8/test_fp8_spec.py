@@ -22,8 +22,9 @@ BLOCKS = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, 
 
 
 def test_there_are_examples():
-    """A block cut off, rows, a tensor with a scale of x."""
-    assert [block["params"]["strategy"] for block in BLOCKS] == ["block", "channel", "tensor"]
+    """A block cut off, rows, a tensor with a scale of x, rows that are divided."""
+    assert [block["params"]["strategy"] for block in BLOCKS] == ["block", "channel", "tensor", "channel"]
+    assert BLOCKS[-1]["params"]["inverse"]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block["params"]["strategy"])

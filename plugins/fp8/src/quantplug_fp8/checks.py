@@ -110,6 +110,17 @@ def check_scales(scales: torch.Tensor, codes: torch.Tensor, tile: Tile, name: st
         _refuse(zero & used, values, name, "a positive scale, since the codes that it scales are not all 0")
 
 
+def check_divisors(scales: torch.Tensor, name: str) -> None:
+    """
+    Check that scales which values are divided by are finite, above 0, and have a reciprocal in float32.
+
+    Raises:
+        CheckpointError: `QP-ST-SCALE` with the first element at fault.
+    """
+    fine = scales.isfinite() & (scales > 0) & scales.reciprocal().isfinite()
+    _refuse(~fine, scales, name, "a finite number above 0 whose reciprocal is one, too, since values are divided by it")
+
+
 def check_input_scale(scale: torch.Tensor, name: str) -> None:
     """
     Check that the stored scale of x, which x is divided by, is finite and above 0.

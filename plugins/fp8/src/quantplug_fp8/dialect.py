@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from quantplug.activations import spell_activation
 from quantplug.config import Dialect, Field, QuantConfig
+from quantplug.entries import rules_from_dynamic
 from quantplug.skip import SchemeRef
 from quantplug.spec import ActivationSpec, ElementType
-from quantplug_fp8 import cache
+from quantplug_fp8 import cache, gptqmodel
 from quantplug_fp8.fields import (
     POSITIVE_LISTS,
     agree,
@@ -30,20 +31,24 @@ if TYPE_CHECKING:
     from quantplug.jsonio import Json
 
 _ACTIVATION_SCHEMES = {"dynamic": "dynamic", "static": "static"}
-_FORMATS = {
+_SHORT = {
     "e4m3": ElementType.FLOAT8_E4M3FN.value,
     "e4m3fn": ElementType.FLOAT8_E4M3FN.value,
     "e5m2": ElementType.FLOAT8_E5M2.value,
     "e4m3fnuz": ElementType.FLOAT8_E4M3FNUZ.value,
     "e5m2fnuz": ElementType.FLOAT8_E5M2FNUZ.value,
 }
+_FORMATS = {**_SHORT, **{f"float8_{name}": value for name, value in _SHORT.items()}}
+_FORMAT_KEYS = ("fmt", "format", "checkpoint_format")
+"""The type of the codes; GPTQModel has the latter two."""
 _SCALE_FORMATS = {"float": "float32", "ue8m0": "float8_e8m0fnu"}
 _MICROSCALED = (1, 32)
 """Blocks of MXFP8, whose scales are bytes."""
 
+_DYNAMIC = "dynamic"
 _READ = frozenset({
-    "quant_method", "activation_scheme", "weight_block_size", "fmt", "scale_fmt", "ignored_layers",
-    "modules_to_not_convert", "group_size", "act_dynamic", *POSITIVE_LISTS, *cache.KEYS,
+    "quant_method", "activation_scheme", "weight_block_size", "scale_fmt", "ignored_layers", "modules_to_not_convert",
+    "group_size", "act_dynamic", _DYNAMIC, *_FORMAT_KEYS, *POSITIVE_LISTS, *cache.KEYS, *gptqmodel.KEYS,
 })  # fmt: skip
 _BOOKKEEPING = frozenset({
     "sym", "act_sym", "act_group_size", "autoround_version", "provider", "backend", "iters", "nsamples", "seqlen",
@@ -56,6 +61,8 @@ _MEANING: dict[str, tuple[Json, ...]] = {
     "act_bits": (8,),
     "data_type": ("fp", "fp8"),
     "act_data_type": ("fp", "fp8"),
+    "method": ("fp8",),
+    "desc_act": (),
     "expert_dtype": ("fp8",),
     "modules_to_convert": (),
     "config_groups": (),
@@ -80,13 +87,16 @@ class FP8Dialect(Dialect):
             ConfigError: `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-CFG-CONTRADICTION`, `QP-SKIP-PATTERN`.
         """
         refuse_meaning(raw, _MEANING)
-        element = ElementType(word(raw, "fmt", _FORMATS, "e4m3"))
+        element = _element(raw)
         block = block_size(raw)
         scheme = word(raw, "activation_scheme", _ACTIVATION_SCHEMES, "dynamic")
         agree(raw, "act_dynamic", (scheme == "dynamic",), f"activation_scheme {scheme!r}")
         scale_format = word(raw, "scale_fmt", _SCALE_FORMATS, "float")
-        activation = spell_activation(_activation(element, block, scale_format, static=scheme == "static"))
-        use = _scheme(raw, element, block, activation)
+        permission = _activation(element, block, scale_format, static=scheme == "static")
+        if gptqmodel.divides(raw):
+            use = gptqmodel.scheme_ref(raw, element, block, permission)
+        else:
+            use = _scheme(raw, element, block, spell_activation(permission))
         positive = positive_rules(raw, use)
         effective: dict[str, Json] = {
             "activation_scheme": scheme,
@@ -97,11 +107,20 @@ class FP8Dialect(Dialect):
         return QuantConfig(
             self.name,
             None if positive else use,
-            (*layer_rules(raw), *positive),
+            (*rules_from_dynamic(raw.fields.get(_DYNAMIC), use, raw.origin(_DYNAMIC)), *layer_rules(raw), *positive),
             (*(Field(key, value, raw.origin(key)) for key, value in raw.fields.items()), *missing),
             tuple(_notes(raw)),
             kv_cache=cache.kv_cache(raw),
         )
+
+
+def _element(raw: RawConfig) -> ElementType:
+    """Return the type of the codes, which several keys may name; raises `ConfigError` (`QP-CFG-…`)."""
+    named = {key: word(raw, key, _FORMATS, "") for key in _FORMAT_KEYS if raw.fields.get(key) is not None}
+    if len(set(named.values())) > 1:
+        key, *_ = named
+        agree(raw, key, (), f"{' and '.join(list(named)[1:])} of another type")
+    return ElementType(next(iter(named.values()), ElementType.FLOAT8_E4M3FN.value))
 
 
 def _activation(
@@ -135,7 +154,7 @@ def _ref(name: str, params: Mapping[str, Json]) -> SchemeRef:
 
 def _notes(raw: RawConfig) -> list[str]:
     notes = unknown_keys(raw, _READ | _MEANING.keys() | _BOOKKEEPING | {_DEQUANTIZE})
-    if not raw.fields.keys() & {"weight_block_size", "group_size"}:
+    if not raw.fields.keys() & {"weight_block_size", "group_size", gptqmodel.METHOD}:
         notes.append(
             f"{raw.origin('weight_block_size')}: scales are one per tensor, as for vLLM and SGLang; Transformers would "
             "take blocks of 128 x 128"

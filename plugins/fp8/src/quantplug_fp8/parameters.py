@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.activations import read_activation
 from quantplug.errors import ConfigError
-from quantplug.jsonio import describe_json, get_int, get_str
+from quantplug.jsonio import describe_json, get_bool, get_int, get_str
 from quantplug.spec import ElementType, PerBlock, PerChannel, PerGroup, PerTensor
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantplug.jsonio import Json
     from quantplug.spec import ActivationSpec, Granularity
 
-KEYS = ("element", "strategy", "group_size", "block_n", "block_k", "scale_name", "activation")
+KEYS = ("element", "strategy", "group_size", "block_n", "block_k", "scale_name", "inverse", "activation")
 ELEMENTS = (
     ElementType.FLOAT8_E4M3FN,
     ElementType.FLOAT8_E5M2,
@@ -75,6 +75,11 @@ def read_scale_name(params: Mapping[str, Json], where: str) -> str:
     """Read `scale_name`: one of the two spellings, or `EITHER`; raises `ConfigError` (`QP-CFG-FIELD`)."""
     choices = (*SCALE_NAMES, EITHER)
     return get_str(params, "scale_name", f"{where}: scale_name", default=SCALE_NAMES[0], choices=choices)
+
+
+def read_inverse(params: Mapping[str, Json], where: str) -> bool:
+    """Read `inverse`, whether values are codes divided by scales; raises `ConfigError` (`QP-CFG-FIELD`)."""
+    return get_bool(params, "inverse", f"{where}: inverse", default=False)
 
 
 def read_permission(params: Mapping[str, Json], where: str) -> ActivationSpec | None:

@@ -40,6 +40,7 @@ class FP8Scheme(LinearScheme):
         scale_name: suffix of the scales, or "either": the file has one of the two spellings, and the activation scale
             in one of two, too.
         activation: permission to quantize x; a static one is stored.
+        inverse: whether the stored scales divide.
     """
 
     name: ClassVar[str] = "fp8"
@@ -49,12 +50,18 @@ class FP8Scheme(LinearScheme):
     granularity: Granularity
     scale_name: str = SCALE_NAMES[0]
     activation: ActivationSpec | None = None
+    inverse: bool = False
 
     @property
     def required_suffixes(self) -> frozenset[str]:
         """The weight, and the scales wherever their names are certain."""
         certain = [names[0] for names in self._stored_names() if len(names) == 1]
         return frozenset({_WEIGHT, *certain})
+
+    @property
+    def divisors(self) -> frozenset[str]:
+        """The scales, where they are stored as reciprocals."""
+        return frozenset(self._stored_names()[0]) if self.inverse else frozenset()
 
     @classmethod
     def build(cls, params: Mapping[str, Json], where: str) -> Self:
@@ -77,6 +84,7 @@ class FP8Scheme(LinearScheme):
             parameters.read_granularity(params, where),
             parameters.read_scale_name(params, where),
             parameters.read_permission(params, where),
+            parameters.read_inverse(params, where),
         )
 
     @classmethod
@@ -92,6 +100,7 @@ class FP8Scheme(LinearScheme):
         """Return "fp8 e4m3fn block 128x128, x float8_e4m3fn group 128, dynamic", for instance."""
         kind = self.element.removeprefix("float8_")
         shared = self.weight_spec().describe().removeprefix(f"{self.element} ")
+        shared += ", scales divide" if self.inverse else ""
         return f"fp8 {kind} {shared}" + (f", x {self.activation.describe()}" if self.activation else "")
 
     def weight_spec(self) -> WeightSpec:
@@ -111,7 +120,7 @@ class FP8Scheme(LinearScheme):
         fine = isinstance(self.granularity, PerGroup | PerBlock)
         output_axis = None if isinstance(self.granularity, PerTensor) else 0
         for name in scales:
-            dtypes = (*_DTYPES, _POWERS_OF_TWO) if fine else _DTYPES
+            dtypes = _DTYPES[:1] if self.inverse else (*_DTYPES, _POWERS_OF_TWO) if fine else _DTYPES
             specs.append(
                 ParamSpec(
                     name, size, dtypes, len(scales) == 1, output_axis=output_axis, input_axis=1 if fine else None,
@@ -154,9 +163,13 @@ class FP8Scheme(LinearScheme):
         """
         Hand the stored weight over as it is, with its scales in canonical shape and their own dtype.
 
+        Scales that divide become their reciprocals in float64, from which the stored numbers come back (SPEC.md).
+
         Raises:
             CheckpointError: `QP-ST-MISSING`, `QP-ST-EXTRA`, `QP-ST-DTYPE`, `QP-ST-SHAPE`, `QP-ST-CODE`, `QP-ST-SCALE`.
         """
+        import torch
+
         from quantplug.weight import Weight
         from quantplug_fp8 import checks
         from quantplug_fp8.tiles import tile_of
@@ -166,6 +179,9 @@ class FP8Scheme(LinearScheme):
         n, k = shape.out_features, shape.in_features
         codes, scales = tensors[_WEIGHT], tensors[name].reshape(scale_shape(self.granularity, n, k))
         checks.check_codes(codes, self.element, f"{where}.{_WEIGHT}")
+        if self.inverse:
+            checks.check_divisors(scales, f"{where}.{name}")
+            return Weight(codes, scales.to(torch.float64).reciprocal(), self.weight_spec())
         checks.check_scales(scales, codes, tile_of(self.granularity, n, k), f"{where}.{name}")
         dtype = str(scales.dtype).removeprefix("torch.")
         return Weight(codes, scales, replace(self.weight_spec(), scale_dtype=dtype))
@@ -197,10 +213,13 @@ class FP8Scheme(LinearScheme):
         Raises:
             ConvertError: `QP-CONV-SPEC` when the weight does not obey this scheme's contract.
         """
+        import torch
+
         self._check_contract(weight)
         n, k = weight.codes.shape
         scales, inputs = self._stored_names()
-        stored = dict.fromkeys(scales, weight.scales.reshape(self._scale_shapes(n, k)[0]).contiguous())
+        numbers = weight.scales.reciprocal().to(torch.float32) if self.inverse else weight.scales
+        stored = dict.fromkeys(scales, numbers.reshape(self._scale_shapes(n, k)[0]).contiguous())
         if inputs:
             if activation is None or activation.scale is None:
                 raise self._broken("a layer without a scale of x", "the scale that static activations need")
@@ -213,20 +232,26 @@ class FP8Scheme(LinearScheme):
 
         Raises:
             ConvertError: `QP-CONV-SCHEME` for parameters that only describe files: static activations, whose scale
-                weights do not tell, and a scale name that is not certain.
+                weights do not tell, a scale name that is not certain, and scales that divide.
         """
         import torch
 
         from quantplug.weight import Weight
         from quantplug_fp8.tiles import round_to_nearest
 
-        if self.scale_name == EITHER or self._stored_names()[1]:
-            what = "does not say which name scales get" if self.scale_name == EITHER else "needs calibrated activations"
+        what = ""
+        if self.scale_name == EITHER:
+            what = "does not say which name scales get"
+        elif self._stored_names()[1]:
+            what = "needs calibrated activations"
+        elif self.inverse:
+            what = "stores scales as reciprocals, which are read only"
+        if what:
             raise ConvertError(
                 "QP-CONV-SCHEME",
                 self.describe(),
                 what,
-                expected=f"scale_name {' or '.join(SCALE_NAMES)}, and activations dynamic or none",
+                expected=f"scale_name {' or '.join(SCALE_NAMES)}, dynamic activations or none, scales that multiply",
             )
         codes, scales = round_to_nearest(dense, self.granularity, getattr(torch, self.element))
         return Weight(codes, scales, self.weight_spec())
@@ -272,6 +297,8 @@ class FP8Scheme(LinearScheme):
         shape = scale_shape(self.granularity, n, k)
         if tuple(weight.scales.shape) != shape:
             raise self._broken(f"scales {list(weight.scales.shape)}", f"{list(shape)}")
+        if self.inverse and str(weight.scales.dtype) != "torch.float64":
+            raise self._broken(f"scales in {weight.scales.dtype}", "reciprocals in float64, which tell what was stored")
 
     def _broken(self, what: str, expected: str) -> ConvertError:
         return ConvertError("QP-CONV-SPEC", self.describe(), f"cannot store {what}", expected=expected)

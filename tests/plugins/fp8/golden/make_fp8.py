@@ -4,10 +4,11 @@ Extract the golden rows from whole checkpoints that tests/witness makes, in seco
     python make_fp8.py WITNESS OUT [case ...]
 
 WITNESS has the checkpoints of SmolLM2-135M-Instruct that llm-compressor 0.14 with compressed-tensors 0.20 (`ct-…`),
-Transformers (`hf-…`) and auto-round 0.16.1 (`ar-…`) wrote, in `ckpt/<case>`, and the weights as each tool itself
-dequantizes them in `decompressed/<case>.safetensors`. OUT/<case>.json then holds, for `ROWS` rows of one layer, the
-stored tensors, the tool's own values, and the configuration as written. Rows are those of the last block, which is cut
-off where the layer is; with them go the scales that belong to them, so that an extract is a layer of its own.
+Transformers (`hf-…`), auto-round 0.16.1 (`ar-…`) and GPTQModel 7.7 (`gq-…`) wrote, in `ckpt/<case>`, and the weights
+as each tool itself dequantizes them in `decompressed/<case>.safetensors`. OUT/<case>.json then holds, for `ROWS` rows
+of one layer, the stored tensors, the tool's own values, and the configuration as written. Rows are those of the last
+block, which is cut off where the layer is; with them go the scales that belong to them, so that an extract is a layer
+of its own.
 A tensor is `{"dtype", "shape", "data"}`, the data in base64, little-endian and row-major.
 """
 
@@ -37,6 +38,8 @@ CASES = {
     "hf-fp8-tensor": None,
     "ar-fp8-block": 128,
     "ar-autoround-fp8-static": None,
+    "gq-fp8-row": None,
+    "gq-fp8-block128": 128,
 }
 
 
