@@ -82,6 +82,7 @@ def test_the_output_head_stays_whole_unless_a_list_says_what_does():
     assert use_of(config, "lm_head") is not None
     assert use_of(config) is None
     assert use_of(config, "model.layers.1.mlp.up_proj") is not None
+    assert use_of(parse({"quant_type": {"default": INT8}, "modules_to_not_convert": []}), "lm_head") is not None
 
 
 def test_a_configuration_for_each_name():
@@ -114,6 +115,12 @@ def test_a_name_of_a_weight_counts_before_that_of_its_module_and_both_before_exp
     assert config.notes == ()  # one expression has no order
     del names[f"{LAYER}.weight"]
     assert use_of(parse_type(mixed(**names))) == "torchao int8 per channel sym"
+
+
+def test_an_expression_must_match_the_whole_path():
+    config = parse_type(mixed(**{"re:.*mlp": INT8, r"re:model\.layers\.0\.self_attn\.q_proj.weight": INT8}))
+    assert use_of(config) is None
+    assert use_of(config, "model.layers.0.self_attn.q_proj") == "torchao int8 per channel sym"
 
 
 NOTES = {
