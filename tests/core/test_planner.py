@@ -149,6 +149,55 @@ def test_stored_tensors_that_do_not_fit_the_format_stop_the_plan(
     assert make(toy_checkpoint(tmp_path / "good")).layers
 
 
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "text"),
+    [
+        ("model.embed_tokens.weight", torch.ones(40, 32).to(torch.float8_e4m3fn), "embeddings in quantized form"),
+        ("model.embed_tokens.weight", torch.ones(40, 32).char(), "dtype int8: it holds quantized values"),
+        ("model.embed_tokens.qweight", torch.ones(40, 4).int(), "dtype int32: it holds quantized values"),
+        (f"{EXPERTS}.gate_up_proj_blocks", torch.ones(2, 8, 1, 16).byte(), "experts in quantized form"),
+        (f"{EXPERTS}.gate_up_proj_scales", torch.ones(2, 8).byte(), "experts in quantized form"),
+        (f"{EXPERTS}.down_proj", torch.ones(2, 8, 8).to(torch.float8_e5m2), "experts in quantized form"),
+        (f"{EXPERTS}.down_proj", torch.ones(2, 8, 8).char(), "experts in quantized form"),
+        (
+            "model.norm.weight",
+            torch.ones(32).to(torch.float8_e4m3fn),
+            "such a module in quantized form cannot be read yet",
+        ),
+        ("visual.proj.weight", torch.ones(8, 8).char(), "name no format that stores them so"),
+    ],
+)
+def test_quantized_values_are_never_taken_for_a_module_that_stays_whole(
+    tmp_path: Path, name: str, tensor: torch.Tensor, text: str
+) -> None:
+    """What no rule reads is an error that says what it is, not a tensor handed on as it lies there."""
+    with pytest.raises(CheckpointError) as raised:
+        make(damaged(name, tensor, tmp_path))
+    assert (raised.value.code, text in raised.value.what) == ("QP-ST-DTYPE", True), str(raised.value)
+    assert raised.value.where == f"model.safetensors: {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.embed_positions.position_ids", torch.arange(8)),
+        ("model.layers.0.self_attn.bias", torch.ones(1, 1, 8, 8).byte()),
+        ("model.layers.0.self_attn.mask", torch.ones(8, 8, dtype=torch.bool)),
+        ("model.batch_norm.num_batches_tracked", torch.tensor(3)),
+        ("model.window.relative_position_index", torch.ones(8, 8).int()),
+        ("model.embed_tokens.embed_scale", torch.tensor(4.0)),
+        ("model.logits.logit_scale", torch.tensor(4, dtype=torch.int64)),
+    ],
+)
+def test_integers_of_a_models_own_are_handed_on(tmp_path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Positions, masks and counters are what they say."""
+    layers = make(damaged(name, tensor, tmp_path)).layers
+    assert [name for layer in layers for item in layer.tensors if item == name]
+
+
 def test_a_fused_module_of_a_model_takes_its_shards_in_order(tmp_path: Path) -> None:
     shards = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
     tensors = {name: t for name, t in toy_tensors().items() if name.startswith(shards) and not name.endswith("bias")}

@@ -14,17 +14,58 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from quantplug.checkpoint import Checkpoint, TensorHeader
-    from quantplug.inventory import Inventory
+    from quantplug.inventory import Inventory, ModuleInfo
     from quantplug.plan import LayerPlan
 
 Evidence = Literal["quantized", "partial", "dense", "both", "absent"]
 
 DENSE_SUFFIX = "weight"
 BIAS_SUFFIX = "bias"
-# Values that every engine computes anew from the configuration; old exporters stored them all the same.
 DENSE_DTYPES = ("bfloat16", "float16", "float32")
 """What the `weight` of a layer that stayed whole may be."""
+_CODE_DTYPES = ("int8", "uint8", "int32", "uint32")
+_CODE_NAMES = (DENSE_SUFFIX, "_proj", "_blocks", "_packed", "_scale", "_scales", "_zero_point", "qweight", "qzeros")
+# Values that every engine computes anew from the configuration; old exporters stored them all the same.
 _DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
+
+
+def holds_codes(header: TensorHeader) -> bool:
+    """
+    Whether a stored tensor holds quantized values, whatever the format.
+
+    Floats of 8 bits and less are codes or scales, nothing else is stored so. Integers are told by their names as well,
+    since models have integers of their own: positions, masks, counters.
+    """
+    suffix = header.name.rpartition(".")[2]
+    return header.dtype.startswith(("float8", "float4")) or (
+        header.dtype in _CODE_DTYPES and suffix.endswith(_CODE_NAMES)
+    )
+
+
+def check_whole(module: ModuleInfo, headers: Iterable[TensorHeader]) -> None:
+    """
+    Check that none of the tensors of a module that stays as it is holds quantized values.
+
+    Raises:
+        CheckpointError: `QP-ST-DTYPE`, saying what cannot be read yet, or that no rule concerns it.
+    """
+    for header in filter(holds_codes, headers):
+        if module.kind == "linear":
+            why = "the rules that concern this layer name no format that stores them so"
+            fix = "Check that the configuration belongs to these files; a layer that stays whole has a dense weight."
+        else:
+            what = "embeddings" if module.kind == "embedding" else "such a module"
+            if module.kind == "other" and (len(header.shape) > 2 or "experts" in header.name.split(".")):
+                what = "experts"
+            why = f"{what} in quantized form cannot be read yet"
+            fix = "Use a copy of the model that keeps them whole, in bfloat16 for instance."
+        raise CheckpointError(
+            "QP-ST-DTYPE",
+            f"{header.file}: {header.name}",
+            f"dtype {header.dtype}: it holds quantized values, and {why}",
+            expected=" or ".join(DENSE_DTYPES),
+            fix=fix,
+        )
 
 
 class StoredModules:

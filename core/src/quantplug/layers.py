@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from quantplug.errors import CheckpointError, ConfigError
-from quantplug.evidence import BIAS_SUFFIX, DENSE_DTYPES, DENSE_SUFFIX
+from quantplug.evidence import BIAS_SUFFIX, DENSE_DTYPES, DENSE_SUFFIX, check_whole
 from quantplug.kernel import Accepted
 from quantplug.matcher import disagreement
 from quantplug.plan import LayerPlan, Segment
@@ -304,6 +304,7 @@ class LayerPlanner:
                 raise self._missing(module)
             extra = [h.name for h in headers if h.name.rpartition(".")[2] not in (DENSE_SUFFIX, BIAS_SUFFIX)]
             headers = [h for h in headers if h.name not in extra]
+        check_whole(module, headers)
         size = sum(header.nbytes for header in headers)
         return LayerPlan(
             module.path, module.kind, rule=rule, tensors=tuple(header.name for header in headers), file_bytes=size,

@@ -345,10 +345,10 @@ def test_quantized_experts_are_refused_by_name(registry, tmp_path) -> None:
     path = "model.layers.0.block_sparse_moe.experts.0.w1"
     stored = load_file(source / "model.safetensors")["model.layers.0.self_attn.q_proj.qweight"]
     edit_tensors(source, lambda t: t.update({f"{path}.qweight": stored.clone(), f"{path}.weight": t[f"{path}.weight"]}))
-    with pytest.raises(QuantplugError, match="experts") as caught:
+    with pytest.raises(QuantplugError, match="experts in quantized form cannot be read yet") as caught:
         from_pretrained(source, registry=registry)
-    assert caught.value.code == "QP-ST-EXTRA"
-    assert f"{path}.qweight" in caught.value.what
+    assert caught.value.code == "QP-ST-DTYPE"
+    assert f"{path}.qweight" in caught.value.where
 
 
 @pytest.mark.parametrize(
