@@ -171,6 +171,15 @@ def test_what_the_caller_states_is_confirmed_or_added(tmp_path, registry):
     assert "config.json: quantization_config.bits is confirmed by the caller" in config.notes
 
 
+@pytest.mark.parametrize(("theirs", "callers"), [("ABC", "abc"), ("abc", "ABC")])
+def test_the_caller_confirms_a_method_in_any_case(tmp_path, registry, theirs, callers):
+    """Readers fold the case of a method, so that neither spelling contradicts the other."""
+    write_files(tmp_path, config_json={"quantization_config": MAIN | {"quant_method": theirs}})
+    config = resolve_config(tmp_path, registry, override={"quant_method": callers})
+    assert config.dialect == "abc"
+    assert "config.json: quantization_config.quant_method is confirmed by the caller" in config.notes
+
+
 def test_the_caller_can_name_a_method_that_the_file_leaves_out(tmp_path, registry):
     write_files(tmp_path, config_json={"quantization_config": {"bits": 4}})
     config = resolve_config(tmp_path, registry, override={"quant_method": "abc"})

@@ -159,9 +159,8 @@ def merge(sections: Sequence[Section], dialect: str) -> Merged:
 
 
 def _compare(key: str, one: Json, first: Section, two: Json, second: Section) -> None:
-    if isinstance(one, str) and isinstance(two, str):
-        one, two = one.lower(), two.lower()  # one writer's two files may differ in the case of a word
-    if not same(one, two):
+    # One writer's two files may differ in the case of a word.
+    if not same(_folded(one), _folded(two)):
         raise ConfigError(
             "QP-CFG-CONTRADICTION",
             second.origin(key),
@@ -184,7 +183,7 @@ def add_override(merged: Merged, override: Mapping[str, Json]) -> None:
         if key not in merged.fields:
             merged.fields[key] = value
             merged.origins[key] = CALLER
-        elif same(merged.fields[key], value):
+        elif same(merged.fields[key], value) or (key == METHOD and _folded(merged.fields[key]) == _folded(value)):
             merged.notes.append(f"{merged.origins[key]} is confirmed by the caller")
         else:
             raise ConfigError(
@@ -194,6 +193,11 @@ def add_override(merged: Merged, override: Mapping[str, Json]) -> None:
                 expected="the value of the file, which describes tensors that are already written",
                 fix=f"Drop {key} from the override; to get other numbers, convert the original checkpoint.",
             )
+
+
+def _folded(value: Json) -> Json:
+    """Return a text in lower case, anything else as it is."""
+    return value.lower() if isinstance(value, str) else value
 
 
 def code_notes(model: Mapping[str, Json], merged: Merged) -> list[str]:
