@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -87,6 +88,43 @@ def test_a_loader_that_brings_the_wrong_dtype_or_place_is_refused(empty: Quantiz
     with pytest.raises(LoadError, match="inside"):
         codes.weight_loader(codes, torch.zeros(32, 32, dtype=torch.int8), (1, 0))
     assert codes.view(torch.uint8).unique().tolist() == [0xA5]
+
+
+def test_a_parameter_takes_any_dtype_that_the_format_has_with_its_first_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales in bfloat16 come as they are, in pieces; after the first, the dtype stands. The account is kept."""
+    declared = toys.ToyScheme.params
+
+    def params(self, shape):
+        codes, scale = declared(self, shape)
+        return codes, replace(scale, dtypes=("float32", "bfloat16", "float16"))
+
+    monkeypatch.setattr(toys.ToyScheme, "params", params)
+    registry = toy_registry()
+    made = plan(toy_checkpoint(tmp_path), platform="cpu", registry=registry)
+    layer = QuantizedLinear(made.layer(PATH), made, registry, SchemeCache(registry))
+    layer.create_weights(Ledger())
+    tensors = toy_tensors()
+    narrow = tensors[f"{PATH}.scale"].bfloat16()
+    scale = layer.get_parameter("scale")
+    with pytest.raises(LoadError, match=r"float64; expected torch\.float32 or torch\.bfloat16 or torch\.float16"):
+        scale.weight_loader(scale, narrow.double())
+    with pytest.raises(LoadError, match="inside"):
+        scale.weight_loader(scale, narrow, (1, 0))
+    assert scale.dtype == torch.float32, "what was refused changed nothing"
+    scale.weight_loader(scale, narrow[:16], (0, 0))
+    assert scale.dtype == torch.bfloat16
+    assert bool(scale[16:].isnan().all()), "the rest is poisoned as before"
+    with pytest.raises(LoadError, match=r"torch\.float32; expected torch\.bfloat16"):
+        scale.weight_loader(scale, narrow[16:].float(), (16, 0))
+    layer.get_parameter("codes").weight_loader(layer.get_parameter("codes"), tensors[f"{PATH}.codes"])
+    layer.get_parameter("bias").weight_loader(layer.get_parameter("bias"), tensors[f"{PATH}.bias"].float())
+    with pytest.raises(LoadError, match=r"scale \(16 of 32 elements\)"):
+        layer.process_weights_after_loading()
+    scale.weight_loader(scale, narrow[16:], (16, 0))
+    layer.process_weights_after_loading()
+    assert torch.equal(layer.dequantize(), tensors[f"{PATH}.codes"] * narrow.float())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from quantplug.errors import LoadError, QuantplugError, RunError
-from quantplug.evidence import DENSE_SUFFIX
+from quantplug.evidence import DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.schemes import quantize_dense
 from quantplug.select import split
 
@@ -92,19 +92,21 @@ class QuantizedLinear(torch.nn.Module):
 
         They are called as in the checkpoint ("qweight"), with the segment's number behind when there are several
         ("qweight_1"), and each has a `weight_loader(parameter, tensor, start=None)` that copies and keeps the account.
+        What a format stores in one of several dtypes takes that of the first tensor that its loader is given.
         """
         self._ledger = ledger
+        dense = (self._dtype, *(getattr(torch, dtype) for dtype in DENSE_DTYPES))
         for number, (segment, scheme) in enumerate(zip(self._layer.segments, self._schemes, strict=True)):
             stored = dict(segment.tensors)
             if segment.quantize:
                 shape = (segment.shape.out_features, segment.shape.in_features)
-                self._allocate(self._attribute(DENSE_SUFFIX, number), shape, self._dtype)
+                self._allocate(self._attribute(DENSE_SUFFIX, number), shape, dense)
             for spec in () if segment.quantize else scheme.params(segment.shape):
                 if spec.suffix in stored:
-                    name, dtype = self._attribute(spec.suffix, number), getattr(torch, spec.dtypes[0])
-                    self._allocate(name, spec.shape, dtype, spec.other_shapes)
+                    dtypes = tuple(getattr(torch, dtype) for dtype in spec.dtypes)
+                    self._allocate(self._attribute(spec.suffix, number), spec.shape, dtypes, spec.other_shapes)
             if self._problem.bias:
-                self._allocate(self._attribute("bias", number), (segment.shape.out_features,), self._dtype)
+                self._allocate(self._attribute("bias", number), (segment.shape.out_features,), dense)
 
     def process_weights_after_loading(self, device: torch.device | str = "cpu") -> None:
         """
@@ -211,30 +213,39 @@ class QuantizedLinear(torch.nn.Module):
             self._only = (self._choices[0][1], parts[0], biases[0])
 
     def _allocate(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, other_shapes: tuple[tuple[int, ...], ...] = ()
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtypes: tuple[torch.dtype, ...],
+        other_shapes: tuple[tuple[int, ...], ...] = (),
     ) -> None:
-        tensor = torch.empty(shape, dtype=dtype)
-        if dtype.is_floating_point:
-            tensor.fill_(float("nan"))
-        else:
-            tensor.view(torch.uint8).fill_(_POISON_BYTE)
-        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        parameter = torch.nn.Parameter(_poisoned(shape, dtypes[0]), requires_grad=False)
         # Engines look for this attribute on the parameter.
-        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}", other_shapes))  # noqa: B010
+        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}", dtypes, other_shapes))  # noqa: B010
         self.register_parameter(name, parameter)
         if self._ledger is not None:
             self._ledger.expect(f"{self.path}.{name}", shape)
 
-    def _loader(self, name: str, other_shapes: tuple[tuple[int, ...], ...]) -> Callable[..., None]:
+    def _loader(
+        self, name: str, dtypes: tuple[torch.dtype, ...], other_shapes: tuple[tuple[int, ...], ...]
+    ) -> Callable[..., None]:
+        untouched = True
+
         def load(parameter: torch.nn.Parameter, tensor: torch.Tensor, start: tuple[int, ...] | None = None) -> None:
+            nonlocal untouched
             if start is None and tuple(tensor.shape) in other_shapes:
                 tensor = tensor.reshape(parameter.shape)
             start = (0,) * parameter.dim() if start is None else start
             box = tuple((begin, begin + size) for begin, size in zip(start, tensor.shape, strict=True))
-            if parameter.dtype != tensor.dtype:
-                raise LoadError("QP-LOAD-PREPARE", name, f"loaded as {tensor.dtype}", expected=str(parameter.dtype))
+            allowed = dtypes if untouched else (parameter.dtype,)
+            if tensor.dtype not in allowed:
+                expected = " or ".join(map(str, dict.fromkeys(allowed)))
+                raise LoadError("QP-LOAD-PREPARE", name, f"loaded as {tensor.dtype}", expected=expected)
             if self._ledger is not None:
                 self._ledger.write(name, box)
+            if parameter.dtype != tensor.dtype:
+                parameter.data = _poisoned(tuple(parameter.shape), tensor.dtype, parameter.device)
+            untouched = False
             parameter.data[tuple(slice(begin, end) for begin, end in box)] = tensor
 
         return load
@@ -351,6 +362,15 @@ class QuantizedLinear(torch.nn.Module):
         """Describe the layer in a model's printout."""
         kernels = ", ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
         return f"{self._layer.scheme}, in={self.in_features}, out={self.out_features}, kernel={kernels}"
+
+
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Return a tensor in which what is never written shows."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        return tensor.fill_(float("nan"))
+    tensor.view(torch.uint8).fill_(_POISON_BYTE)
+    return tensor
 
 
 def _named(segment: Segment, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
