@@ -66,7 +66,10 @@ def test_a_plan_survives_json_unchanged_and_its_hash_covers_the_choices_only(tmp
     assert make(directory, dtype="float32").hash != result.hash
     on_gpu = plan(directory, platform="cuda:9.0", registry=toy_registry())
     assert on_gpu.hash != result.hash
-    assert any("run on the slow reference kernel (toy.fast: runs on cpu, not on cuda:9.0" in w for w in on_gpu.warnings)
+    slow = [warning for warning in on_gpu.warnings if "run on the slow reference kernel" in warning]
+    assert len(slow) == len(on_gpu.decisions) == 4, "once a decision, not once a layer"
+    assert all("and layers like it" in warning for warning in slow)
+    assert all("(toy.fast: runs on cpu, not on cuda:9.0" in warning for warning in slow)
 
 
 @pytest.mark.parametrize(

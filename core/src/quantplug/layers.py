@@ -266,9 +266,8 @@ class LayerPlanner:
             decision = select(problem, module, self._platform, self._registry, self._policy, self._probes)
             self._decided[key] = len(self._decisions)
             self._decisions.append(decision)
-        index = self._decided[key]
-        self._warn_fallback(module, self._decisions[index])
-        return index
+            self._warn_fallback(module, decision)
+        return self._decided[key]
 
     def _warn_fallback(self, module: ModuleInfo, decision: Decision) -> None:
         if self._registry.kernels[decision.kernel].item.traits.fallback:
