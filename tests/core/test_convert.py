@@ -16,6 +16,7 @@ from quantplug.entries import path_entries
 from quantplug.errors import ConvertError
 from quantplug.load import load_layers
 from quantplug.planner import plan
+from quantplug.spec import LinearShape, ParamSpec
 from quantplug.writer import TensorFileWriter
 from quantplug_testkit import toys
 
@@ -88,6 +89,38 @@ def test_the_destination_appears_whole_or_not_at_all(
     monkeypatch.undo()
     run(source, tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def with_comment(monkeypatch: pytest.MonkeyPatch, *, required: bool) -> None:
+    """Give the toy format a third tensor, which its `encode` does not write."""
+    declared = toys.ToyScheme.params
+
+    def params(self: toys.ToyScheme, shape: LinearShape) -> tuple[ParamSpec, ...]:
+        return *declared(self, shape), ParamSpec("comment", (1,), ("int8",), required)
+
+    monkeypatch.setattr(toys.ToyScheme, "params", params)
+    monkeypatch.setattr(toys.ToyScheme, "suffixes", toys.ToyScheme.suffixes | {"comment"})
+
+
+def test_what_a_format_may_leave_out_is_not_announced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that files may have and this one's writer never gives."""
+    with_comment(monkeypatch, required=False)
+    run(source, tmp_path / "out")
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.endswith("comment")]
+
+
+def test_a_scheme_that_writes_other_tensors_than_it_announces_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is wrong, the file would be: nothing is written, and both are named."""
+    with_comment(monkeypatch, required=True)
+    with pytest.raises(ConvertError, match=r"up_proj\.scale; expected .*up_proj\.comment.*, as it announced") as raised:
+        run(source, tmp_path / "out", skip=path_entries(["q_proj", "k_proj", "down_proj"], "caller"))
+    assert raised.value.code == "QP-CONV-SPEC"
+    assert raised.value.where == "model.layers.0.mlp.up_proj"
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_run_left_is_replaced(source: Path, tmp_path: Path) -> None:

@@ -199,9 +199,18 @@ def _quantize(job: Job, reader: TensorReader, writer: TensorFileWriter, hessian:
     if job.scheme is None:
         raise TypeError(f"{job.source} is to be copied, not quantized")
     weight = quantize_dense(job.scheme, reader.read(job.source), job.source, hessian=hessian)
-    stored = job.scheme.encode(weight)
+    stored = {f"{job.module}.{suffix}": tensor for suffix, tensor in job.scheme.encode(weight).items()}
+    announced = {name for name, _, _ in job.outputs}
+    if stored.keys() != announced:
+        raise ConvertError(
+            "QP-CONV-SPEC",
+            job.module,
+            f"{job.scheme.describe()} gives {', '.join(sorted(stored))}",
+            expected=f"{', '.join(sorted(announced))}, as it announced",
+            fix="Report this to the makers of its plugin.",
+        )
     for name, _, _ in job.outputs:
-        writer.write(name, stored[name.rpartition(".")[2]])
+        writer.write(name, stored[name])
     return weight.dequantize()
 
 

@@ -115,6 +115,15 @@ class LinearScheme(ABC):
             ConfigError: `QP-CFG-FIELD` when the format cannot describe a layer of that size.
         """
 
+    def written(self, shape: LinearShape) -> tuple[ParamSpec, ...]:
+        """
+        Declare what `encode` writes for a layer of that size that `quantize` made, in the first of the dtypes.
+
+        A conversion announces these before it has read a weight. Unless a scheme says otherwise they are the tensors
+        that a checkpoint cannot do without.
+        """
+        return tuple(spec for spec in self.params(shape) if spec.required)
+
     @abstractmethod
     def weight_spec(self) -> WeightSpec:
         """Return the numeric contract that `decode` yields."""

@@ -105,6 +105,6 @@ def _quantizing(
     scheme = schemes.get(ref, module)
     outputs = tuple(
         (f"{module}.{spec.suffix}", spec.dtypes[0], spec.shape)
-        for spec in scheme.params(LinearShape(shape[0], shape[1]))
+        for spec in scheme.written(LinearShape(shape[0], shape[1]))
     )
     return Job(source, module, outputs, scheme, ref, nbytes)

@@ -159,7 +159,9 @@ def test_either_name_of_the_scales_is_read_and_one_is_written(name):
     layer.tensors["weight_scale"] = layer.tensors.pop("weight_scale_inv")
     assert either.shape_of({s: tuple(t.shape) for s, t in layer.tensors.items()}, "layer") == layer.shape
     assert torch.equal(layer.decode().dequantize(), plain)
-    assert same_bits(either.encode(layer.decode())["weight_scale_inv"], layer.tensors["weight_scale"])
+    encoded = either.encode(layer.decode())
+    assert same_bits(encoded["weight_scale_inv"], layer.tensors["weight_scale"])
+    assert {spec.suffix for spec in either.written(layer.shape)} == encoded.keys()
 
 
 def test_layers_without_inputs_or_outputs_are_layers():

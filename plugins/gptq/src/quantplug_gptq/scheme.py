@@ -102,6 +102,10 @@ class GPTQScheme(LinearScheme):
             ParamSpec("g_idx", (k,), ("int32",), self._reorders, input_axis=0),
         )
 
+    def written(self, shape: LinearShape) -> tuple[ParamSpec, ...]:
+        """Declare all four tensors: engines expect a `g_idx`, the trivial one, too."""
+        return self.params(shape)
+
     def shape_of(self, stored: Mapping[str, tuple[int, ...]], where: str) -> LinearShape:
         """
         Return N from `qweight` and K from `g_idx`, or from `qweight` where there is none.

@@ -97,6 +97,11 @@ class GroupedScheme(LinearScheme):
             *self._single_params(),
         )  # fmt: skip
 
+    def written(self, shape: LinearShape) -> tuple[ParamSpec, ...]:
+        """Declare what is stored, scales under the one name that they are written under."""
+        name = self._written_scale_name
+        return tuple(spec for spec in self.params(shape) if spec.required or spec.suffix == name)
+
     def shape_of(self, stored: Mapping[str, tuple[int, ...]], where: str) -> LinearShape:
         """
         Return N and K from the codes.
