@@ -82,6 +82,18 @@ def test_strided_and_three_dimensional_inputs_are_read_where_they_lie():
     assert torch.equal(case.apply(x.view(2, 3, -1)), case.apply(x).view(2, 3, -1))
 
 
+@pytest.mark.parametrize("hazard", FAMILIES.values(), ids=lambda hazard: hazard.family)
+def test_what_is_held_is_no_more_than_is_declared(hazard):
+    """The file's own bytes, and those that the verdict declares beside them."""
+    held = prepared(hazard)
+    entitled = 0
+    for weight in hazard.weights():
+        others = [weight.scales, weight.zeros, weight.g_idx, weight.global_scale]
+        entitled += -(-weight.codes.numel() * weight.spec.element.bits // 8)
+        entitled += sum(tensor.nbytes for tensor in others if tensor is not None)
+    assert held.prepared.nbytes <= entitled + held.extra_bytes
+
+
 def test_a_second_preparation_writes_into_the_same_memory():
     hazard = FAMILIES["uint4-group32"]
     case = prepared(hazard)

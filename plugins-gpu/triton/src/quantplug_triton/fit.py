@@ -8,12 +8,13 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
-from quantplug.spec import ElementType, PerGroup, scale_shape
+from quantplug.spec import ElementType, PerBlock, PerGroup, PerTensor, scale_shape
 from quantplug_triton.slots import arrange, group_sizes
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
-    from quantplug.spec import LinearProblem
+    from quantplug.spec import LinearProblem, SegmentSpec
+    from quantplug_triton.slots import Slots
 
 DTYPES = ("bfloat16", "float16", "float32")
 HELD_SCALES = {
@@ -28,7 +29,8 @@ HELD_SCALES = {
 TILE_ROWS = 64
 """N is filled up to a multiple of this many rows of the weight, which lie side by side."""
 
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
+_STORED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_BYTES = {**_STORED_BYTES, "uint8": 1}
 _REFUSED = frozenset({ElementType.FLOAT8_E4M3FNUZ, ElementType.FLOAT8_E5M2FNUZ})
 _OLDEST = (8, 0)
 _MOST_SLOTS = 4
@@ -56,11 +58,7 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     if slots.count > _MOST_SLOTS * k + 2 * slots.chunk * slots.fields:
         size = max(group_sizes(weight.granularity, k))
         return Rejected("granularity", f"groups of {size} inputs would be filled up to {slots.chunk}", "groups of 16")
-    rows = -(-n // TILE_ROWS) * TILE_ROWS
-    scales = sum(prod(scale_shape(s.weight.granularity, s.out_features, k)) for s in problem.segments)
-    per_scale = _BYTES[HELD_SCALES[weight.scale_dtype]] + weight.zero_points
-    held = slots.count * rows * bits // 8 + scales * per_scale + (4 * slots.count if weight.act_order else 0)
-    entitled = -(-n * k * weight.element.bits // 8) + scales * per_scale
+    held, entitled = _bytes_of(problem, slots), _entitled_bytes(problem)
     notes = ["x is gathered in the order of groups"] if weight.act_order else []
     if slots.count > k + slots.chunk * slots.fields:
         notes.append(f"empty slots: {k} inputs are laid out as {slots.count}")
@@ -69,6 +67,40 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
         extra_bytes=max(0, held - entitled),
         notes=tuple(notes),
     )
+
+
+def parts(problem: LinearProblem) -> list[list[SegmentSpec]]:
+    """Return the segments that share a launch; those with an order of inputs, a factor or blocks of their own do not."""
+    weight = problem.segments[0].weight
+    apart = weight.act_order or weight.global_scale or isinstance(weight.granularity, PerBlock)
+    return [[segment] for segment in problem.segments] if apart else [list(problem.segments)]
+
+
+def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
+    """Return the bytes of what `prepare` yields; act-order is taken to fill every group equally."""
+    weight, k = problem.segments[0].weight, problem.in_features
+    size = max(group_sizes(weight.granularity, k))
+    moved = weight.act_order or (slots.groups > 1 and slots.chunk * slots.per_group != size)
+    per_scale = _BYTES[HELD_SCALES[weight.scale_dtype]] + weight.zero_points
+    total = 0
+    for part in parts(problem):
+        rows = sum(segment.out_features for segment in part)
+        total += slots.count * -(-rows // TILE_ROWS) * TILE_ROWS * field_bits(weight.element) // 8
+        spread = isinstance(weight.granularity, PerTensor) and len(part) > 1
+        total += (rows if spread else prod(scale_shape(weight.granularity, rows, k))) * per_scale
+        total += (4 * slots.count if moved else 0) + (4 if weight.global_scale else 0)
+    return total
+
+
+def _entitled_bytes(problem: LinearProblem) -> int:
+    """Return the bytes of codes, scales and zero points at the width that the file has them in."""
+    total = 0
+    for segment in problem.segments:
+        weight, n, k = segment.weight, segment.out_features, problem.in_features
+        per_scale = _STORED_BYTES.get(weight.scale_dtype, 1) + weight.zero_points
+        total += -(-n * k * weight.element.bits // 8) + prod(scale_shape(weight.granularity, n, k)) * per_scale
+        total += 4 * k if weight.act_order else 0
+    return total
 
 
 def _refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:

@@ -14,17 +14,18 @@ a global scale or blocks of their own. The tensors of part i, for N rows filled 
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from quantplug.spec import ElementType, PerBlock, PerTensor
 from quantplug.weight import Prepared
-from quantplug_triton.fit import HELD_SCALES, TILE_ROWS, field_bits
+from quantplug_triton.fit import HELD_SCALES, TILE_ROWS, field_bits, parts
 from quantplug_triton.slots import arrange, group_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from quantplug.spec import LinearProblem
     from quantplug.weight import Weight
@@ -51,7 +52,7 @@ def prepare(
     """Return the tensors above for a layer whose segments share one contract; `out` is overwritten in place."""
     tensors: dict[str, torch.Tensor] = {}
     meta = {"parts": 0}
-    for number, part in enumerate(_parts(segments)):
+    for number, part in enumerate(_parts(problem, segments)):
         order = _order(part[0])
         rows = sum(weight.out_features for weight in part)
         for name, tensor in _part(part, rows, order).items():
@@ -71,10 +72,10 @@ def prepare(
     return out
 
 
-def _parts(segments: Sequence[Weight]) -> list[list[Weight]]:
-    spec = segments[0].spec
-    apart = spec.act_order or spec.global_scale or isinstance(spec.granularity, PerBlock)
-    return [[weight] for weight in segments] if apart else [list(segments)]
+def _parts(problem: LinearProblem, segments: Sequence[Weight]) -> Iterator[list[Weight]]:
+    weights = iter(segments)
+    for part in parts(problem):
+        yield list(islice(weights, len(part)))
 
 
 def _rows_per_scale(part: Sequence[Weight], rows: int) -> int:
