@@ -17,6 +17,7 @@ from quantplug.entries import (
     suffix_entries,
 )
 from quantplug.errors import ConfigError
+from quantplug.ruleindex import RuleIndex
 from quantplug.skip import Entry, EntryKind, SchemeRef
 
 ORIGIN = "config.json: quantization_config.ignore"
@@ -42,14 +43,32 @@ def kinds(entries):
         (".*lm_head.*", "regex", ".*lm_head.*"),
         (r"model\.layers\.0", "regex", r"model\.layers\.0"),
         ("(q|k)_proj", "regex", "(q|k)_proj"),
-        ("*self_attn*", "glob", "*self_attn*"),
-        ("model.layers.[0-3].*", "glob", "model.layers.[0-3].*"),
-        ("layers.?.mlp", "glob", "layers.?.mlp"),
+        ("*self_attn*", "glob-parent", "*self_attn*"),
+        ("model.layers.[0-3].*", "glob-parent", "model.layers.[0-3].*"),
+        ("layers.?.mlp", "glob-parent", "layers.?.mlp"),
         ("model.layers.0.attn.wo-1", "component", "model.layers.0.attn.wo-1"),
     ],
 )
 def test_a_list_of_paths_is_typed_text_by_text(text, kind, pattern):
     assert path_entries(["x", text], ORIGIN)[1:] == (Entry(text, EntryKind(kind), pattern, f"{ORIGIN}[1]"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "covered", "others"),
+    [
+        ("model.layers.*.self_attn", ["model.layers.0.self_attn", "model.layers.0.self_attn.q_proj"],
+         ["model.layers.0.self_attn_out", "model.layers.0"]),
+        ("layers.[0-3]", ["layers.2", "layers.2.mlp.gate"], ["layers.20.mlp.gate", "layers.4"]),
+        ("*.gate", ["mlp.gate", "mlp.gate.up"], ["mlp.gate_proj"]),
+    ],
+)  # fmt: skip
+def test_a_glob_in_a_list_of_paths_covers_what_lies_below(text, covered, others):
+    """Up to a dot, as plain paths do; in a list of globs over whole paths it does not."""
+    index = RuleIndex(path_entries([text], ORIGIN))
+    assert all(index.hits(name) == [0] for name in covered)
+    assert not any(index.hits(name) for name in others)
+    whole = RuleIndex(glob_entries([text], ORIGIN))
+    assert [whole.hits(name) for name in covered] == [[0], []]
 
 
 @pytest.mark.parametrize(

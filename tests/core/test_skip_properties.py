@@ -27,8 +27,10 @@ literals = st.builds(
     st.sampled_from([EntryKind.EXACT, EntryKind.SUFFIX, EntryKind.PARENT, EntryKind.COMPONENT]),
     paths,
 )
-globs = st.lists(st.sampled_from([*WORDS, ".", "*", "?", "[1-9]", ".*"]), min_size=1, max_size=4).map(
-    lambda parts: Entry("".join(parts), EntryKind.GLOB, "".join(parts), "o")
+globs = st.builds(
+    lambda parts, kind: Entry("".join(parts), kind, "".join(parts), "o"),
+    st.lists(st.sampled_from([*WORDS, ".", "*", "?", "[1-9]", ".*"]), min_size=1, max_size=4),
+    st.sampled_from([EntryKind.GLOB, EntryKind.GLOB_PARENT]),
 )
 expressions = st.builds(
     lambda parts, mode: Entry("".join(parts), EntryKind.REGEX, "".join(parts), "o", mode),
@@ -72,6 +74,10 @@ def covers(entry, name, class_name):
         return class_name == text
     if entry.kind is EntryKind.GLOB:
         return fnmatch.fnmatchcase(name, text)
+    if entry.kind is EntryKind.GLOB_PARENT:
+        parts = name.split(".")
+        above = (".".join(parts[: end + 1]) for end in range(len(parts)))
+        return any(fnmatch.fnmatchcase(path, text) for path in above)
     return getattr(re.compile(text), entry.regex_mode)(name) is not None
 
 

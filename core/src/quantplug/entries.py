@@ -36,8 +36,10 @@ def path_entries(texts: object, origin: str) -> tuple[Entry, ...]:
     This is how most formats' lists are used (`modules_to_not_convert`, `ignored_layers`, `exclude`): writers put full
     paths, parts of paths, parents, globs and expressions into one list, and readers differ in which they know.
     `re:` and texts with characters of expressions are expressions from the start of the path; `*`, `?` or `[` make a
-    glob over the whole path; a trailing dot means the path and all below it; anything else is a run of whole
-    components. Spaces around a text and one leading dot are dropped.
+    glob; a trailing dot means the path and all below it; anything else is a run of whole components. Whatever is named
+    so, what lies below it is covered, too: `model.layers.*.self_attn` is about the projections in there, as in
+    Transformers 5.23, which applies these lists up to any dot of a path. Spaces around a text and one leading dot are
+    dropped.
 
     Args:
         texts: a JSON list of texts, or None for none.
@@ -76,7 +78,7 @@ def glob_entries(texts: object, origin: str) -> tuple[Entry, ...]:
 
     """
     return tuple(
-        _glob_entry(text, where) if _GLOB.intersection(text) else _literal_entry(text, where)
+        _glob_entry(text, where, EntryKind.GLOB) if _GLOB.intersection(text) else _literal_entry(text, where)
         for text, where in _texts(texts, origin)
     )
 
@@ -183,7 +185,9 @@ def _path_entry(text: str, where: str) -> Entry:
         return _regex_entry(text, bare.removeprefix("re:"), where, "match")
     if _EXPRESSION.intersection(bare) or bare.startswith(".*"):
         return _regex_entry(text, bare, where, "match")
-    return _glob_entry(text, where) if _GLOB.intersection(bare) else _literal_entry(text, where)
+    if _GLOB.intersection(bare):
+        return _glob_entry(text, where, EntryKind.GLOB_PARENT)
+    return _literal_entry(text, where)
 
 
 def _suffix_entry(text: str, where: str) -> Entry:
@@ -201,12 +205,12 @@ def _regex_entry(text: str, pattern: str, where: str, mode: RegexMode) -> Entry:
     return Entry(text, EntryKind.REGEX, pattern, where, mode)
 
 
-def _glob_entry(text: str, where: str) -> Entry:
+def _glob_entry(text: str, where: str, kind: EntryKind) -> Entry:
     pattern = _plain(text, where)
     if not pattern.strip("*?."):
         _refuse(where, f"{text!r} would cover every module", "a glob with some literal text")
     compile_glob(pattern, where)
-    return Entry(text, EntryKind.GLOB, pattern, where)
+    return Entry(text, kind, pattern, where)
 
 
 def _literal_entry(text: str, where: str) -> Entry:

@@ -8,7 +8,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
-from quantplug.skip import EntryKind
+from quantplug.skip import PATTERNS, EntryKind
 
 if TYPE_CHECKING:
     from quantplug.inventory import ModuleInfo
@@ -38,7 +38,7 @@ class NameCollection:
         if entry.kind is EntryKind.CLASS:
             return ()
         text = entry.pattern
-        if entry.kind in (EntryKind.GLOB, EntryKind.REGEX):
+        if entry.kind in PATTERNS:
             text = re.sub(r"\.{2,}", ".", _SYNTAX.sub("", text)).strip(".")
         wanted = _NUMBER.sub("#", text)
         width = wanted.count(".") + 1

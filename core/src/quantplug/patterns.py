@@ -85,9 +85,18 @@ def examine(pattern: str, origin: str, mode: RegexMode = "match") -> Vetted:
         raise _refusal(origin, f"the pattern {pattern!r} {error}", _BOUNDED, fix=_REWRITE) from error
 
 
-def compile_glob(pattern: str, origin: str) -> Vetted:
+_END = r"\Z"
+"""The length of what `fnmatch.translate` ends with; Python 3.14 spells it in lower case."""
+
+
+def compile_glob(pattern: str, origin: str, *, below: bool = False) -> Vetted:
     """
     Return a shell-style glob over whole names, compiled; `*` crosses dots. Its time is linear in the name.
+
+    Args:
+        pattern: the glob.
+        origin: where it stands.
+        below: whether it may match up to a dot, so that names below one that matches do, too.
 
     Raises:
         ConfigError: `QP-SKIP-PATTERN` when it is too long.
@@ -96,7 +105,8 @@ def compile_glob(pattern: str, origin: str) -> Vetted:
     _check_length(pattern, origin)
     head = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     # The standard library's translation never retries a `*` that has found its place.
-    regex = re.compile(fnmatch.translate(pattern))
+    translated = fnmatch.translate(pattern)
+    regex = re.compile(rf"{translated[: -len(_END)]}(?:\.|{translated[-len(_END) :]})" if below else translated)
     return Vetted(regex, regex.match, len(pattern) * MAX_NAME, head)
 
 

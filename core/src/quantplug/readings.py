@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 
 from quantplug.patterns import examine, split_gaps
-from quantplug.skip import Entry, EntryKind
+from quantplug.skip import PATTERNS, Entry, EntryKind
 
 ROOTS = frozenset(
     {
@@ -19,12 +19,10 @@ ROOTS = frozenset(
 )  # fmt: skip
 """First components below which a whole language model lies."""
 
-_PATTERNS = (EntryKind.GLOB, EntryKind.REGEX)
-
 
 def may_surprise(entry: Entry) -> bool:
     """Return whether `surprises` might say anything about an entry."""
-    return entry.text != entry.pattern or entry.pattern in ROOTS or entry.kind in _PATTERNS
+    return entry.text != entry.pattern or entry.pattern in ROOTS or entry.kind in PATTERNS
 
 
 def surprises(entry: Entry, name: str) -> tuple[str, ...]:
@@ -35,7 +33,7 @@ def surprises(entry: Entry, name: str) -> tuple[str, ...]:
     if entry.kind in (EntryKind.PARENT, EntryKind.COMPONENT) and name.startswith(f"{entry.pattern}."):
         if entry.pattern in ROOTS:
             said.append(f"{entry.text!r} is the root of the model: it covers every module below it")
-    elif entry.kind in _PATTERNS:
+    elif entry.kind in PATTERNS:
         number = _cut_number(entry, name)
         if number:
             said.append(
@@ -61,7 +59,7 @@ def _cut_number(entry: Entry, name: str) -> str:
 @lru_cache(maxsize=8192)
 def _stem(entry: Entry) -> re.Pattern[str] | None:
     """Return a pattern without the gap at its end; None when it has none and the whole name must match."""
-    if entry.kind is EntryKind.GLOB:
+    if entry.kind is not EntryKind.REGEX:
         stem = entry.pattern.rstrip("*")
         return None if stem == entry.pattern else re.compile(fnmatch.translate(stem)[: -len(r"\Z")])
     pieces = split_gaps(entry.pattern)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.errors import ConfigError
 from quantplug.patterns import MAX_NAME, check_name, compile_glob, examine
-from quantplug.skip import EntryKind
+from quantplug.skip import PATTERNS, EntryKind
 
 if TYPE_CHECKING:
     import re
@@ -158,8 +158,8 @@ class RuleIndex:
         elif entry.kind is EntryKind.SUFFIX:
             self._suffixes.add(entry.pattern, index, -1)
         else:
-            if entry.kind is EntryKind.GLOB:
-                vetted = compile_glob(entry.pattern, entry.origin)
+            if entry.kind in (EntryKind.GLOB, EntryKind.GLOB_PARENT):
+                vetted = compile_glob(entry.pattern, entry.origin, below=entry.kind is EntryKind.GLOB_PARENT)
             else:
                 vetted = examine(entry.pattern, entry.origin, entry.regex_mode)
             self._vetted[index] = vetted
@@ -169,7 +169,7 @@ class RuleIndex:
             bucket.append(_Pattern(index, vetted.accepts, vetted.steps))
 
     def _check_counts(self, entries: Sequence[Entry]) -> None:
-        patterns = sum(entry.kind in (EntryKind.GLOB, EntryKind.REGEX) for entry in entries)
+        patterns = sum(entry.kind in PATTERNS for entry in entries)
         for count, limit, what in (
             (patterns, MAX_PATTERNS, "globs and expressions"),
             (len(entries) - patterns, MAX_LITERALS, "entries"),

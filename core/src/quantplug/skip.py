@@ -33,9 +33,14 @@ class EntryKind(StrEnum):
     """The module's class name."""
     GLOB = "glob"
     """Shell-style `*`, `?`, `[…]` over the whole path (`*` crosses dots)."""
+    GLOB_PARENT = "glob-parent"
+    """The same over the path itself or any path above it: `layers.*.mlp` covers `layers.0.mlp.gate`."""
     REGEX = "regex"
     """A vetted regular expression, compared as `regex_mode` says."""
 
+
+PATTERNS = frozenset({EntryKind.GLOB, EntryKind.GLOB_PARENT, EntryKind.REGEX})
+"""Kinds whose entries are compiled."""
 
 RegexMode = Literal["match", "fullmatch", "search"]
 

@@ -4,15 +4,12 @@ Configurations whose `quant_method` is `mxfp8` or `mxfp4`; other methods that us
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantplug.config import Dialect, Field, QuantConfig
 from quantplug.entries import path_entries
 from quantplug.errors import ConfigError
 from quantplug.jsonio import describe_json, get_str
-from quantplug.patterns import vet
 from quantplug.skip import Entry, EntryKind, Rule, SchemeRef
 from quantplug_mx.mxfp4 import MXFP4Scheme
 from quantplug_mx.mxfp8 import MXFP8Scheme
@@ -34,8 +31,6 @@ _LOADERS = frozenset({"quant_method", "dequantize", "packed_modules_mapping", *_
 """Keys that both read, or that say what one loader is to do, not what is stored."""
 _MEANING = ("modules_to_convert", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups", "rotation_config")
 """Keys that would change what is stored, unless they say nothing."""
-_NO_PREFIX = re.compile(r"\[|\*$")
-"""Globs with sets of characters, and those that cover everything below in any case."""
 # Layers may have an `output` of their own, so only the model's counts.
 _HEADS = (("lm_head", EntryKind.SUFFIX), ("embed_out", EntryKind.SUFFIX), ("output", EntryKind.EXACT))
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -131,7 +126,7 @@ def _config(
                 expected="none",
                 fix="Use a copy of the model without it, or convert the dense model (quantplug convert).",
             )
-    skipped = [Rule(_prefix(entry)) for key in _SKIPS for entry in path_entries(raw.fields.get(key), raw.origin(key))]
+    skipped = [Rule(entry) for key in _SKIPS for entry in path_entries(raw.fields.get(key), raw.origin(key))]
     origin = f"{dialect.name}: output heads stay whole"
     heads = [Rule(Entry(name, kind, name, origin, implied=True)) for name, kind in _HEADS]
     return QuantConfig(
@@ -145,20 +140,6 @@ def _config(
             if key not in effective and key not in _LOADERS and key not in _MEANING
         ),
     )
-
-
-def _prefix(entry: Entry) -> Entry:
-    """
-    Return an entry that covers what lies below a glob, too.
-
-    These lists are applied from the start of a path up to any of its dots, so that `model.layers.*.self_attn` is about
-    the four layers in there; no layer has that path itself.
-    """
-    if entry.kind is not EntryKind.GLOB or _NO_PREFIX.search(entry.pattern):
-        return entry
-    pattern = re.escape(entry.pattern).replace(r"\*", ".*").replace(r"\?", ".") + r"(?:\.|$)"
-    vet(pattern, entry.origin, "match")
-    return replace(entry, kind=EntryKind.REGEX, pattern=pattern)
 
 
 def _experts(model: Mapping[str, Json]) -> str:
