@@ -70,7 +70,7 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
 
 
 def parts(problem: LinearProblem) -> list[list[SegmentSpec]]:
-    """Return the segments that share a launch; those with an order of inputs, a factor or blocks of their own do not."""
+    """Return the segments that share a launch: none that has an order of inputs, a factor or blocks of its own."""
     weight = problem.segments[0].weight
     apart = weight.act_order or weight.global_scale or isinstance(weight.granularity, PerBlock)
     return [[segment] for segment in problem.segments] if apart else [list(problem.segments)]

@@ -94,10 +94,12 @@ class TritonKernel(LinearKernel):
         """Return the values `[N, K]`, computed in float32 by ordinary operators."""
         import torch
 
-        return torch.cat([weight.dequantize(dtype) for weight in self.unprepare(prepared)])
+        from quantplug_triton.unpack import canonical
+
+        return torch.cat([weight.dequantize(dtype) for weight in canonical(prepared)])
 
     def unprepare(self, prepared: Prepared) -> tuple[Weight, ...]:
-        """Return the canonical segments; nothing was rounded on the way in."""
+        """Return the canonical segments where nothing was rounded on the way in."""
         from quantplug_triton.unpack import unprepare
 
         return unprepare(prepared)

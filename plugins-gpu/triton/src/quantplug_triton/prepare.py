@@ -10,6 +10,8 @@ a global scale or blocks of their own. The tensors of part i, for N rows filled 
 - `zeros.i`: uint8, of the shape of the scales, where there are zero points;
 - `columns.i`: int32 `[S]`, the input that each slot takes, -1 for none, where inputs move or groups are filled up;
 - `factor.i`: float32 `[1]`, the global scale, where there is one.
+
+`rounded` tells whether a scale or factor was float64.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ KINDS = {
 """How the kernel decodes floating-point codes; 0 is unsigned integers, 1 signed ones."""
 
 
+def _is_rounded(weight: Weight) -> bool:
+    """Whether a reciprocal that the canonical form holds in float64 is held in float32 here."""
+    return torch.float64 in (weight.scales.dtype, None if weight.global_scale is None else weight.global_scale.dtype)
+
+
 class _Order(NamedTuple):
     """Which input each slot takes (-1: none), and the arrangement."""
 
@@ -51,7 +58,7 @@ def prepare(
 ) -> Prepared:
     """Return the tensors above for a layer whose segments share one contract; `out` is overwritten in place."""
     tensors: dict[str, torch.Tensor] = {}
-    meta = {"parts": 0}
+    meta = {"parts": 0, "rounded": int(any(_is_rounded(weight) for weight in segments))}
     for number, part in enumerate(_parts(problem, segments)):
         order = _order(part[0])
         rows = sum(weight.out_features for weight in part)

@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 
 
 def unprepare(prepared: Prepared) -> tuple[Weight, ...]:
-    """Return the canonical segments bit by bit: codes are held as they are, scales without rounding."""
+    """
+    Return the canonical segments bit by bit: codes are held as they are, scales without rounding.
+
+    Raises:
+        NotImplementedError: a float64 scale or factor was rounded to float32 on the way in.
+    """
+    if prepared.meta["rounded"]:
+        raise NotImplementedError("kernel triton.wna16 holds float64 scales in float32: there is no exact way back")
+    return canonical(prepared)
+
+
+def canonical(prepared: Prepared) -> tuple[Weight, ...]:
+    """Return the canonical segments as they are held."""
     segments = list(prepared.problem.segments)
     weights: list[Weight] = []
     for number in range(prepared.meta["parts"]):

@@ -223,7 +223,10 @@ class FP8Scheme(LinearScheme):
         if inputs:
             if activation is None or activation.scale is None:
                 raise self._broken("a layer without a scale of x", "the scale that static activations need")
-            stored |= dict.fromkeys(inputs, activation.scale.reshape(1))
+            # Writers give both scales one dtype; float32 is what a scale of x is held in.
+            narrow = activation.scale.to(weight.scales.dtype)
+            exact = bool(narrow.to(torch.float32) == activation.scale)
+            stored |= dict.fromkeys(inputs, (narrow if exact else activation.scale).reshape(1))
         return {_WEIGHT: weight.codes.contiguous(), **stored}
 
     def quantize(self, dense: torch.Tensor, *, hessian: torch.Tensor | None = None) -> Weight:
