@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from quantplug.load import Progress
     from quantplug.registry import Registry
     from quantplug.skip import Entry
+    from quantplug.weight import Weight
 
 # What belongs to a model besides weights and configuration: tokenizer, chat template, generation defaults, licence.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
@@ -179,8 +180,7 @@ def _write_all(
         for path, hessian in block.hessians.items():
             job = waiting.pop(path, None)
             if job is not None:
-                values = _quantize(job, reader, writer, hessian)
-                block.replace(path, values)
+                block.replace(path, _quantize(job, reader, writer, hessian).dequantize())
                 done += job.nbytes
                 tell(progress, "convert", done, total)
     for job in jobs:
@@ -194,8 +194,8 @@ def _write_all(
         tell(progress, "convert", done, total)
 
 
-def _quantize(job: Job, reader: TensorReader, writer: TensorFileWriter, hessian: torch.Tensor | None) -> torch.Tensor:
-    """Quantize one layer, write it, and return the values it now has."""
+def _quantize(job: Job, reader: TensorReader, writer: TensorFileWriter, hessian: torch.Tensor | None) -> Weight:
+    """Quantize one layer, write it, and return it."""
     if job.scheme is None:
         raise TypeError(f"{job.source} is to be copied, not quantized")
     weight = quantize_dense(job.scheme, reader.read(job.source), job.source, hessian=hessian)
@@ -211,7 +211,7 @@ def _quantize(job: Job, reader: TensorReader, writer: TensorFileWriter, hessian:
         )
     for name, _, _ in job.outputs:
         writer.write(name, stored[name])
-    return weight.dequantize()
+    return weight
 
 
 def _blocks(directory: Path, calibration: Calibration | None, registry: Registry) -> Iterator[CalibrationBlock]:
