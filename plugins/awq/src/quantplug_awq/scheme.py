@@ -11,6 +11,7 @@ from quantplug.errors import CheckpointError, ConfigError, ConvertError
 from quantplug.jsonio import get_bool, get_str
 from quantplug.scheme import LinearScheme
 from quantplug.spec import ElementType, LinearShape, ParamSpec, PerChannel, PerGroup, WeightSpec
+from quantplug.stored import check_stored
 from quantplug_awq.fields import GEMM, gemv_words, layout_of, read_bits, read_group_size, unfit
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class AWQScheme(LinearScheme):
         from quantplug_awq import checks
         from quantplug_awq.layout import unpack_columns, unpack_rows
 
-        checks.check_stored(self.params(shape), tensors, where)
+        check_stored(self.params(shape), tensors, where)
         groups, middle = self._groups(shape.in_features), 0 if self.zero_point else _MIDDLE
         if self.version == GEMM:
             codes = unpack_columns(tensors["qweight"], subtract=middle).t()

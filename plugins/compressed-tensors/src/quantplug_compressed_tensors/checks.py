@@ -11,29 +11,9 @@ import torch
 from quantplug.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from quantplug.spec import LinearShape, ParamSpec
+    from quantplug.spec import LinearShape
 
 _DAMAGED = "The file was damaged or quantized wrongly; download it again or ask its maker."
-
-
-def check_stored(specs: Sequence[ParamSpec], tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """
-    Check presence, dtype and shape of a layer's tensors.
-
-    Raises:
-        CheckpointError: `QP-ST-MISSING`, `QP-ST-DTYPE`, `QP-ST-SHAPE`.
-    """
-    for spec in specs:
-        tensor, name = tensors.get(spec.suffix), f"{where}.{spec.suffix}"
-        if tensor is None:
-            raise CheckpointError("QP-ST-MISSING", name, "is not there", expected="every tensor of the layer")
-        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        if dtype not in spec.dtypes:
-            raise CheckpointError("QP-ST-DTYPE", name, f"dtype {dtype}", expected=" or ".join(spec.dtypes))
-        if shape != spec.shape and shape not in spec.other_shapes:
-            raise CheckpointError("QP-ST-SHAPE", name, f"shape {list(shape)}", expected=f"{list(spec.shape)}")
 
 
 def check_size(stored: torch.Tensor, shape: LinearShape, where: str) -> None:

@@ -11,6 +11,7 @@ from quantplug.errors import ConfigError, ConvertError
 from quantplug.jsonio import get_bool, get_int
 from quantplug.scheme import LinearScheme
 from quantplug.spec import ElementType, LinearShape, PerChannel, PerGroup, WeightSpec, scale_shape
+from quantplug.stored import check_stored
 from quantplug_compressed_tensors import shapes
 from quantplug_compressed_tensors.parameters import (
     BITS,
@@ -166,7 +167,7 @@ class PackScheme(LinearScheme):
         from quantplug_compressed_tensors.coding import read_zeros
         from quantplug_compressed_tensors.layout import unpack
 
-        checks.check_stored(self.params(shape), tensors, where)
+        check_stored(self.params(shape), tensors, where)
         checks.check_size(tensors["weight_shape"], shape, where)
         scales = tensors["weight_scale"]
         checks.check_scales(scales, f"{where}.weight_scale")

@@ -13,9 +13,6 @@ from quantplug.spec import ElementType
 from quantplug_fp8.tiles import tile_maxima
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from quantplug.spec import ParamSpec
     from quantplug_fp8.tiles import Tile
 
 _FIX = "The file was damaged or quantized wrongly; download it again or ask its maker."
@@ -23,30 +20,6 @@ _FIX = "The file was damaged or quantized wrongly; download it again or ask its 
 # The first byte, of those without the sign bit, that is no finite number. The fnuz types have one such byte: 0x80.
 _FIRST_SPECIAL = {ElementType.FLOAT8_E4M3FN: 0x7F, ElementType.FLOAT8_E5M2: 0x7C}
 _SIGN, _MAGNITUDE = 0x80, 0x7F
-
-
-def check_stored(specs: Sequence[ParamSpec], tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """
-    Check presence, dtype and shape of a layer's tensors.
-
-    Raises:
-        CheckpointError: `QP-ST-MISSING`, `QP-ST-DTYPE`, `QP-ST-SHAPE`.
-    """
-    for spec in specs:
-        tensor = tensors.get(spec.suffix)
-        name = f"{where}.{spec.suffix}"
-        if tensor is None:
-            if spec.required:
-                raise CheckpointError("QP-ST-MISSING", name, "is not there", expected="every tensor of an FP8 layer")
-            continue
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in spec.dtypes:
-            raise CheckpointError("QP-ST-DTYPE", name, f"dtype {dtype}", expected=" or ".join(spec.dtypes))
-        shapes = (spec.shape, *spec.other_shapes)
-        if tuple(tensor.shape) not in shapes:
-            raise CheckpointError(
-                "QP-ST-SHAPE", name, f"shape {list(tensor.shape)}", expected=" or ".join(str(list(s)) for s in shapes)
-            )
 
 
 def check_codes(codes: torch.Tensor, element: ElementType, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from quantplug.errors import CheckpointError, ConfigError, ConvertError
 from quantplug.scheme import LinearScheme
 from quantplug.spec import LinearShape, ParamSpec, PerBlock, PerChannel, PerGroup, PerTensor, WeightSpec, scale_shape
+from quantplug.stored import check_stored
 from quantplug_fp8 import parameters
 from quantplug_fp8.parameters import EITHER, INPUT_NAMES, SCALE_NAMES
 from quantplug_fp8.shapes import fitting
@@ -174,7 +175,7 @@ class FP8Scheme(LinearScheme):
         from quantplug_fp8 import checks
         from quantplug_fp8.tiles import tile_of
 
-        checks.check_stored(self.params(shape), tensors, where)
+        check_stored(self.params(shape), tensors, where)
         name = self._only(self._stored_names()[0], tensors, where)
         n, k = shape.out_features, shape.in_features
         codes, scales = tensors[_WEIGHT], tensors[name].reshape(scale_shape(self.granularity, n, k))

@@ -11,6 +11,7 @@ from quantplug.errors import CheckpointError, ConfigError, ConvertError
 from quantplug.jsonio import get_str
 from quantplug.scheme import LinearScheme
 from quantplug.spec import ElementType, Granularity, LinearShape, ParamSpec, PerChannel, PerGroup, WeightSpec
+from quantplug.stored import check_stored
 from quantplug_gptq.fields import BITS, V1, V2, checkpoint_format, read_storage
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class GPTQScheme(LinearScheme):
         from quantplug_gptq import checks
         from quantplug_gptq.layout import unpack_rows
 
-        checks.check_stored(self.params(shape), tensors, where)
+        check_stored(self.params(shape), tensors, where)
         checks.check_scales(tensors["scales"], where)
         k, groups = shape.in_features, self._groups(shape.in_features)
         g_idx = checks.group_index(tensors.get("g_idx"), k, self._size(k), groups, desc_act=self.desc_act, where=where)

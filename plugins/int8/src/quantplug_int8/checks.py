@@ -11,32 +11,9 @@ import torch
 from quantplug.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from quantplug.spec import ParamSpec
+    pass
 
 _FIX = "The file was damaged or quantized wrongly; download it again or ask its maker."
-
-
-def check_stored(specs: Sequence[ParamSpec], tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """
-    Check presence, dtype and shape of a layer's tensors.
-
-    Raises:
-        CheckpointError: `QP-ST-MISSING`, `QP-ST-DTYPE`, `QP-ST-SHAPE`.
-    """
-    for spec in specs:
-        tensor = tensors.get(spec.suffix)
-        name = f"{where}.{spec.suffix}"
-        if tensor is None:
-            if spec.required:
-                raise CheckpointError("QP-ST-MISSING", name, "is not there", expected="every tensor of an int8 layer")
-            continue
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in spec.dtypes:
-            raise CheckpointError("QP-ST-DTYPE", name, f"dtype {dtype}", expected=" or ".join(spec.dtypes))
-        if tuple(tensor.shape) not in (spec.shape, *spec.other_shapes):
-            raise CheckpointError("QP-ST-SHAPE", name, f"shape {list(tensor.shape)}", expected=f"{list(spec.shape)}")
 
 
 def check_scales(scales: torch.Tensor, name: str) -> None:

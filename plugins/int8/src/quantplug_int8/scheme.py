@@ -19,6 +19,7 @@ from quantplug.spec import (
     WeightSpec,
     scale_shape,
 )
+from quantplug.stored import check_stored
 from quantplug_int8.parameters import BITS, KEYS, SCALE_NAMES, read_activations, read_granularity, read_symmetric
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Int8Scheme(LinearScheme):
         from quantplug.weight import Weight
         from quantplug_int8 import checks
 
-        checks.check_stored(self.params(shape), tensors, where)
+        check_stored(self.params(shape), tensors, where)
         codes, scales, zeros = tensors["weight"], tensors[self.scale_name], None
         checks.check_range(codes, self.bits, "QP-ST-PADDING", f"{where}.weight")
         checks.check_scales(scales, f"{where}.{self.scale_name}")

@@ -20,6 +20,7 @@ from quantplug.spec import (
     WeightSpec,
     scale_shape,
 )
+from quantplug.stored import check_stored
 from quantplug_torchao import metadata, parameters
 from quantplug_torchao.parameters import CANONICAL_BITS, FLOATS
 
@@ -194,7 +195,7 @@ class TorchaoScheme(LinearScheme):
         from quantplug.weight import Weight
         from quantplug_torchao import checks
 
-        checks.check_stored(self.params(shape), tensors, where)
+        check_stored(self.params(shape), tensors, where)
         size = scale_shape(self.granularity, shape.out_features, shape.in_features)
         codes, scales = tensors[QDATA], tensors[SCALE].reshape(size)
         checks.check_scales(scales, f"{where}.{SCALE}")
