@@ -147,17 +147,37 @@ def quantize(dense: Path, target: Path, text: Path, kind: str, arguments: dict[s
     tokenizer.save_pretrained(target)
 
 
-def decompress(source: Path, widen: bool) -> dict[str, torch.Tensor]:
+def decode_module(local: dict[str, torch.Tensor], scheme: Any, form: str, widen: bool) -> torch.Tensor:
     """
-    Decode every quantized layer with compressed-tensors.
+    Decode the tensors of one module with compressed-tensors.
 
     `widen` hands its functions float32 scales, since they compute in the dtype of the scale.
     """
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    if widen and local["weight_scale"].dtype in (torch.bfloat16, torch.float16):
+        local = {**local, "weight_scale": local["weight_scale"].float()}
+    compressor = BaseCompressor.get_value_from_registry(form)
+    if widen and "weight_packed" in local and form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
+        rows, columns = local["weight_packed"].shape
+        weight = dequantize(
+            x_q=unpack_fp4_from_uint8(local["weight_packed"], rows, columns * 2, dtype=torch.float32),
+            scale=compressor._decompress_scale(local["weight_scale"], torch.float32),
+            args=scheme.weights,
+            global_scale=local.get("weight_global_scale"),
+            dtype=torch.float32,
+        )
+    else:
+        weight = compressor.decompress(dict(local), scheme)["weight"]
+    return weight.detach().contiguous()
+
+
+def decompress(source: Path, widen: bool) -> dict[str, torch.Tensor]:
+    """Decode every quantized layer with compressed-tensors."""
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from transformers import AutoConfig, AutoModelForCausalLM
 
     written = json.loads((source / "config.json").read_text())["quantization_config"]
@@ -180,21 +200,7 @@ def decompress(source: Path, widen: bool) -> dict[str, torch.Tensor]:
             if "weight_scale" not in local:  # auto-round names no `lm_head` to ignore, and stores none: it is tied
                 continue
             form = str(getattr(scheme.format or infer_module_format(type(module), scheme), "value", scheme.format))
-            if widen and local["weight_scale"].dtype in (torch.bfloat16, torch.float16):
-                local["weight_scale"] = local["weight_scale"].float()
-            compressor = BaseCompressor.get_value_from_registry(form)
-            if widen and "weight_packed" in local and form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
-                rows, columns = local["weight_packed"].shape
-                weight = dequantize(
-                    x_q=unpack_fp4_from_uint8(local["weight_packed"], rows, columns * 2, dtype=torch.float32),
-                    scale=compressor._decompress_scale(local["weight_scale"], torch.float32),
-                    args=scheme.weights,
-                    global_scale=local.get("weight_global_scale"),
-                    dtype=torch.float32,
-                )
-            else:
-                weight = compressor.decompress(local, scheme)["weight"]
-            decoded[f"{name}.weight"] = weight.detach().contiguous()
+            decoded[f"{name}.weight"] = decode_module(local, scheme, form, widen)
     return decoded
 
 

@@ -1,0 +1,86 @@
+"""
+Run what a tool decoded, dense and in float32, in plain transformers, and store the logits.
+
+    OMP_NUM_THREADS=1 /tmp/witness/venvs/hf/bin/python tests/witness/moe_logits.py /tmp/witness [NAME ...]
+
+A process of its own, since llm-compressor changes how transformers loads mixtures of experts until its process ends.
+OUT/logits/NAME.safetensors gets `input_ids` [1, tokens] and `logits` [1, tokens, words]; `margin` [tokens] is how far,
+in what a router returns first, the last of the best experts lies above the next one, the least of all layers (groups
+and biases of experts left aside): where that is small, a rounding anywhere may choose other experts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_common import dense_state, input_ids
+from moe_models import TOP_K
+from safetensors.torch import load_file, save_file
+
+NEXT_N = "model.layers.2."
+ROUTERS = ("TopkRouter", "TopKRouter", "TextRouter")
+
+
+def dense_copy(out: Path, name: str, family: str) -> Path:
+    """Write the decoded checkpoint as a dense one of its family."""
+    decoded = out / "decompressed" / f"{name}.safetensors"
+    dense, copy = out / "ckpt" / f"dense-moe-{family}", out / "scratch" / f"dense-{name}"
+    copy.mkdir(parents=True, exist_ok=True)
+    (copy / "config.json").write_text((dense / "config.json").read_text())
+    state = load_file(dense / "model.safetensors")
+    if decoded.exists():
+        state = dense_state(out / "ckpt" / name, load_file(decoded), family)
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def run(copy: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of a dense checkpoint, and the least margin of any router, for each token."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        copy, dtype=torch.float32, output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
+    )
+    # transformers knows the next-N layers of GLM's released models by number (46, 92): it names ours, and drops it too
+    report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not key.startswith(NEXT_N)}
+    if wrong := {key: sorted(value) for key, value in report.items() if value}:
+        raise ValueError(f"{copy.name} did not load whole: {wrong}")
+    margins: list[torch.Tensor] = []
+
+    def watch(_module: Any, _inputs: Any, output: Any) -> None:
+        scores = (output[0] if isinstance(output, tuple) else output).float()
+        best = scores.reshape(-1, scores.shape[-1]).topk(TOP_K + 1, dim=-1).values
+        margins.append(best[:, TOP_K - 1] - best[:, TOP_K])
+
+    for module in model.modules():
+        if type(module).__name__.endswith(ROUTERS):
+            module.register_forward_hook(watch)
+    with torch.inference_mode():
+        found = model.eval()(input_ids()).logits.float().contiguous()
+    if not torch.isfinite(found).all():
+        raise ValueError(f"{copy.name}: logits are not finite")
+    return found, torch.stack(margins).amin(0).contiguous()
+
+
+def main() -> None:
+    """Store the logits of every name given, or of every mixture of experts that was made."""
+    out = Path(sys.argv[1]).resolve()
+    (out / "logits").mkdir(exist_ok=True)
+    facts = {path.stem: json.loads(path.read_text())["family"] for path in sorted((out / "facts").glob("*.json"))}
+    dense = {path.name: path.name.removeprefix("dense-moe-") for path in sorted((out / "ckpt").glob("dense-moe-*"))}
+    families = dense | facts
+    for name in sys.argv[2:] or families:
+        target = out / "logits" / f"{name}.safetensors"
+        if target.exists():
+            continue
+        found, margin = run(dense_copy(out, name, families[name]))
+        save_file({"input_ids": input_ids(), "logits": found, "margin": margin}, target)
+        print(f"{name}: std {float(found.std()):.3f}, least router margin {float(margin.min()):.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
