@@ -6,8 +6,8 @@ The environment is that of make_gptqmodel.py; the dense models are those of moe_
     GPTQMODEL_CPU_WORKERS=2 OMP_NUM_THREADS=1 /tmp/witness/venvs/gq/bin/python tests/witness/make_moe_gptqmodel.py \
         /tmp/witness [NAME ...]
 
-Checkpoints go to OUT/ckpt/NAME, the decoded weights to OUT/decompressed/NAME.safetensors (float32: its plain torch layers
-given the file's scales in float32) under the names in the checkpoint, and what the files hold to OUT/facts/NAME.json.
+Checkpoints go to OUT/ckpt/NAME, the decoded weights to OUT/decompressed/NAME.safetensors (float32: its plain torch
+layers given the file's scales in float32) under the names in the checkpoint, what the files hold to OUT/facts/NAME.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 W4 = {"bits": 4, "group_size": 128, "sym": True, "desc_act": True}
 LEFT = r"-:.*layers\.1\.mlp\.experts\.[67]\..*"
 
-# name: (family, arguments)
+# By name: the family, and the arguments of the tool's configuration.
 SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "moe-gq-qwen3-w4g128-actorder": ("qwen3-moe", W4),
     "moe-gq-mixtral-w4g128": ("mixtral", {**W4, "desc_act": False}),
