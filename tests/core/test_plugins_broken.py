@@ -139,7 +139,7 @@ CALLS = {
         "import sys\n@hookimpl\ndef quantplug_kernels(): sys.exit()",
         r"^quantplug_kernels\(\): SystemExit",
     ),
-    "returns None": (returns("None"), r"returned None; expected a list, Sequence\[LinearKernel\] \[QP-PLUG-CALL\]$"),
+    "returns None": (returns("None"), r"returned None; expected a list, Sequence\[Kernel\] \[QP-PLUG-CALL\]$"),
     "returns a coroutine": (
         "@hookimpl\nasync def quantplug_kernels(): return []",
         r"returned an object of type coroutine; expected",

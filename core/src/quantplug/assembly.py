@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from quantplug.detect import CpuProvider, CudaProvider
 from quantplug.errors import PluginError
+from quantplug.kernel import LinearKernel
+from quantplug.moeloop import LoopKernel
 from quantplug.offers import Offer
 from quantplug.reference import ReferenceKernel
 from quantplug.registry import Conflict, Disabled, PluginFailure, PluginInfo, Provided, Recipe, Registry
@@ -19,6 +21,7 @@ from quantplug.registry import Conflict, Disabled, PluginFailure, PluginInfo, Pr
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from quantplug.moekernel import Kernel, MoEKernel
     from quantplug.names import Architecture
 
 T = TypeVar("T")
@@ -56,7 +59,7 @@ def assemble(
     everyone = [_CORE, *plugins]
     schemes = _merge("scheme", [(p.info, p.offer.schemes) for p in everyone], conflicts)
     recipes = _merge("recipe", [(p.info, _recipes(p.offer)) for p in everyone], conflicts)
-    kernels_by_name = _merge("kernel", [(p.info, p.offer.kernels) for p in everyone], conflicts)
+    both_kinds = _merge("kernel", [(p.info, p.offer.kernels) for p in everyone], conflicts)
     platforms_by_kind = _merge("platform", [(p.info, p.offer.platforms) for p in everyone], conflicts)
     hosts = _merge("host", [(p.info, p.offer.hosts) for p in everyone], conflicts)
     peers = _merge("peer", [(p.info, p.offer.peers) for p in everyone], conflicts)
@@ -68,7 +71,8 @@ def assemble(
         failures=tuple(sorted(failures, key=lambda f: (f.distribution, f.entry, f.stage, f.location, f.error))),
         schemes=schemes,
         dialects=dialects,
-        kernels=kernels_by_name,
+        kernels=_linear(both_kinds),
+        moe_kernels=_for_experts(both_kinds),
         platforms=platforms_by_kind,
         hosts=hosts,
         peers=peers,
@@ -77,6 +81,25 @@ def assemble(
         conflicts=tuple(sorted(conflicts, key=lambda c: (c.kind, c.name))),
         disabled=tuple(disabled),
     )
+
+
+def _linear(kernels: Mapping[str, Provided[Kernel]]) -> Mapping[str, Provided[LinearKernel]]:
+    return MappingProxyType(
+        {
+            name: Provided(provided.item, provided.plugin)
+            for name, provided in kernels.items()
+            if isinstance(provided.item, LinearKernel)
+        }
+    )
+
+
+def _for_experts(kernels: Mapping[str, Provided[Kernel]]) -> Mapping[str, Provided[MoEKernel]]:
+    """Return the kernels for experts: those of their own, and every kernel for linear layers in a loop."""
+    found: dict[str, Provided[MoEKernel]] = {}
+    for provided in kernels.values():
+        kernel = LoopKernel(provided.item) if isinstance(provided.item, LinearKernel) else provided.item
+        found[kernel.name] = Provided(kernel, provided.plugin)
+    return MappingProxyType(found)
 
 
 def _core_name(offer: Offer) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quantplug.config import Dialect
     from quantplug.detect import PlatformProvider
     from quantplug.host import Host
-    from quantplug.kernel import LinearKernel
+    from quantplug.moekernel import Kernel
     from quantplug.names import Architecture
     from quantplug.peers import PeerReader
     from quantplug.scheme import LinearScheme
@@ -46,8 +46,8 @@ def quantplug_dialects() -> Sequence[Dialect]:
 
 
 @hookspec
-def quantplug_kernels() -> Sequence[LinearKernel]:
-    """Return the kernels this plugin brings, one instance each."""
+def quantplug_kernels() -> Sequence[Kernel]:
+    """Return the kernels this plugin brings, for linear layers and for experts, one instance each."""
     raise NotImplementedError
 
 

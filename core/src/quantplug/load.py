@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from quantplug.asking import probe
 from quantplug.checkpoint import Checkpoint, open_checkpoint
 from quantplug.detect import detect
 from quantplug.errors import CheckpointError, LoadError, PlanError
@@ -19,7 +20,6 @@ from quantplug.modules import QuantizedLinear, SourceTensor
 from quantplug.plugins import registry as installed
 from quantplug.reader import TensorReader, digest
 from quantplug.schemes import SchemeCache
-from quantplug.select import probe
 from quantplug.source import resolve_source
 from quantplug.workers import Workers, worker_count
 

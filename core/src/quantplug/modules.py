@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from quantplug.asking import split
 from quantplug.errors import LoadError, QuantplugError, RunError
 from quantplug.evidence import DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.schemes import quantize_dense
-from quantplug.select import split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -23,6 +23,8 @@ from quantplug.errors import PluginError
 from quantplug.host import Host
 from quantplug.isolation import Fault, isolated
 from quantplug.kernel import LinearKernel, Traits
+from quantplug.moekernel import MoEKernel
+from quantplug.moeloop import PREFIX
 from quantplug.names import Architecture
 from quantplug.peers import PeerReader
 from quantplug.platform import Platform
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from quantplug.jsonio import Json
+    from quantplug.moekernel import Kernel
 
 _NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 
@@ -43,7 +46,7 @@ class Offer:
     hooks: tuple[str, ...] = ()
     schemes: Mapping[str, type[LinearScheme]] = field(default_factory=dict)
     dialects: Mapping[str, Dialect] = field(default_factory=dict)
-    kernels: Mapping[str, LinearKernel] = field(default_factory=dict)
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
     platforms: Mapping[str, PlatformProvider] = field(default_factory=dict)
     hosts: Mapping[str, Host] = field(default_factory=dict)
     peers: Mapping[str, PeerReader] = field(default_factory=dict)
@@ -243,7 +246,12 @@ def _dialect(item: Any, where: str) -> str:
 
 
 def _kernel(item: Any, where: str) -> str:
-    _instance(item, where, LinearKernel)
+    if not isinstance(item, MoEKernel):
+        _instance(item, where, LinearKernel)
+    if _named(item.name, where).startswith(PREFIX):
+        raise PluginError(
+            "QP-PLUG-CALL", where, f"is named {item.name!r}", expected=f"no name that begins with {PREFIX}"
+        )
     _named(item.layout_id, f"{where}: layout_id")
     _instance(item.traits, f"{where}: traits", Traits)
     return _named(item.name, where)

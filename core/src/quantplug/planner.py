@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantplug.asking import probe as probe_kernel
 from quantplug.checkpoint import open_checkpoint
 from quantplug.config import read_model_config, resolve_config
 from quantplug.detect import detect
@@ -20,7 +21,6 @@ from quantplug.plan import KVCachePlan, Plan
 from quantplug.platform import Platform
 from quantplug.plugins import registry as installed
 from quantplug.policy import Policy
-from quantplug.select import probe as probe_kernel
 from quantplug.source import resolve_source
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ def plan(
 
 def probe_kernels(registry: Registry, platform: Platform) -> dict[str, Rejected | None]:
     """Probe every kernel that could run on the platform at hand; each is probed once per process by its plugin."""
-    return {name: probe_kernel(provided.item, platform) for name, provided in registry.kernels.items()}
+    probes = {name: probe_kernel(provided.item, platform) for name, provided in registry.kernels.items()}
+    return probes | {name: probe_kernel(provided.item, platform) for name, provided in registry.moe_kernels.items()}
 
 
 def activation_dtype(wish: str | None, model_config: Mapping[str, Json]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from quantplug.entries import path_entries
 from quantplug.errors import PlanError
 from quantplug.matcher import matches
+from quantplug.moeloop import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,8 +49,9 @@ class PolicyRule:
         return self.entry is None or matches(self.entry, module)
 
     def names(self, kernel: str) -> bool:
-        """Whether the wish is about this kernel."""
-        return any(fnmatch.fnmatchcase(kernel, pattern) for pattern in self.kernels)
+        """Whether the wish is about this kernel; who names one for linear layers means its loop over experts, too."""
+        names = (kernel, kernel.removeprefix(PREFIX))
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.kernels for name in names)
 
 
 @dataclass(frozen=True, slots=True)

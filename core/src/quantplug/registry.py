@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantplug.host import Host
     from quantplug.jsonio import Json
     from quantplug.kernel import LinearKernel
+    from quantplug.moekernel import MoEKernel
     from quantplug.names import Architecture
     from quantplug.peers import PeerReader
     from quantplug.scheme import LinearScheme
@@ -152,7 +153,8 @@ class Registry:
         conflicts: names claimed more than once.
         schemes: by scheme name.
         dialects: by dialect name.
-        kernels: by kernel name; the core's `reference` is always there.
+        kernels: those for linear layers by name; the core's `reference` is always there.
+        moe_kernels: those for experts by name; for every one of `kernels` there is a `loop.<name>`.
         platforms: by platform kind; the core's `cpu` and `cuda` are always there.
         hosts: by host name.
         peers: rules of other engines, by the engine's name.
@@ -168,6 +170,7 @@ class Registry:
     schemes: Mapping[str, Provided[type[LinearScheme]]]
     dialects: Mapping[str, Provided[Dialect]]
     kernels: Mapping[str, Provided[LinearKernel]]
+    moe_kernels: Mapping[str, Provided[MoEKernel]]
     platforms: Mapping[str, Provided[PlatformProvider]]
     hosts: Mapping[str, Provided[Host]]
     peers: Mapping[str, Provided[PeerReader]]
@@ -186,6 +189,10 @@ class Registry:
     def kernel(self, name: str) -> Provided[LinearKernel]:
         """Return the kernel of that name; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
         return self._lookup("kernel", name, self.kernels)
+
+    def moe_kernel(self, name: str) -> Provided[MoEKernel]:
+        """Return the kernel for experts of that name; raises `PluginError` (`QP-PLUG-MISSING`, `QP-PLUG-CONFLICT`)."""
+        return self._lookup("kernel", name, self.moe_kernels)
 
     def host(self, name: str | None = None) -> Provided[Host]:
         """

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantplug.asking import ask
 from quantplug.errors import PlanError
-from quantplug.isolation import Fault, isolated
-from quantplug.kernel import Accepted, Cost, LinearKernel, Rejected, Verdict
+from quantplug.kernel import Accepted, Cost, Rejected
 from quantplug.plan import Candidate, Choice, Decision
 from quantplug.spec import LinearProblem
 
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from quantplug.inventory import ModuleInfo
+    from quantplug.moe import MoEProblem
+    from quantplug.moekernel import Kernel
     from quantplug.platform import Platform
     from quantplug.policy import Policy
-    from quantplug.registry import Registry
+    from quantplug.registry import Provided, Registry
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of rows M at which kernels are compared; between two of them the lower one's choice holds."""
 
 
 def select(
-    problem: LinearProblem,
+    problem: LinearProblem | MoEProblem,
     module: ModuleInfo,
     platform: Platform,
     registry: Registry,
@@ -49,9 +51,10 @@ def select(
     Raises:
         PlanError: `QP-PLAN-PIN` when a pinned kernel refuses, `QP-PLAN-NOKERNEL` when all do; both carry every reason.
     """
+    kernels = _kernels_for(problem, registry)
     candidates = sorted(
-        (_ask(name, registry, problem, module, platform, policy, probes) for name in registry.kernels),
-        key=lambda candidate: _rank(candidate, registry),
+        (_ask(provided, problem, module, platform, policy, probes) for provided in kernels.values()),
+        key=lambda candidate: _rank(candidate, kernels),
     )
     accepted = [candidate for candidate in candidates if isinstance(candidate.verdict, Accepted)]
     pin = policy.pin(module)
@@ -74,76 +77,32 @@ def select(
             expected="one installed kernel that accepts it",
             fix=_all_reasons(candidates, registry),
         )
-    first = registry.kernels[accepted[0].kernel].item
-    same_layout = [c for c in accepted if registry.kernels[c.kernel].item.layout_id == first.layout_id]
+    first = kernels[accepted[0].kernel].item
+    same_layout = [c for c in accepted if kernels[c.kernel].item.layout_id == first.layout_id]
     return Decision(_choices(same_layout, pinned=pin is not None), first.layout_id, tuple(candidates))
 
 
-def describe_problem(problem: LinearProblem) -> str:
+def describe_problem(problem: LinearProblem | MoEProblem) -> str:
     """Return a problem in words: `[576, 576] int4 group 64, bfloat16`."""
+    if not isinstance(problem, LinearProblem):
+        return problem.describe()
     kinds = " + ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
     return f"[{problem.out_features}, {problem.in_features}] {kinds}, {problem.dtype}"
 
 
-def ask(kernel: LinearKernel, problem: LinearProblem, platform: Platform) -> Verdict:
-    """
-    Ask a kernel about a problem; where it needs uniform segments and has others, about each segment.
-
-    A split problem costs the sum of its parts.
-    """
-    if not kernel.traits.uniform_segments or problem.uniform:
-        return _answer(kernel, problem, platform)
-    parts: list[Accepted] = []
-    for part in split(problem):
-        verdict = _answer(kernel, part, platform)
-        if isinstance(verdict, Rejected):
-            return verdict
-        parts.append(verdict)
-    return Accepted(
-        Cost(sum(p.cost.fixed_us for p in parts), sum(p.cost.row_us for p in parts)),
-        casts=tuple(dict.fromkeys(cast for p in parts for cast in p.casts)),
-        extra_bytes=sum(p.extra_bytes for p in parts),
-        notes=(
-            f"split into {len(parts)} calls: segments differ",
-            *dict.fromkeys(note for p in parts for note in p.notes),
-        ),
-    )
-
-
-def probe(kernel: LinearKernel, platform: Platform) -> Rejected | None:
-    """Let a kernel try itself out on this very machine; one that raises has refused."""
-    answer = isolated(lambda: kernel.probe(platform))
-    return answer if answer is None or isinstance(answer, Rejected) else _broken(kernel, "probe", answer)
-
-
-def _answer(kernel: LinearKernel, problem: LinearProblem, platform: Platform) -> Verdict:
-    answer = isolated(lambda: kernel.supports(problem, platform))
-    return answer if isinstance(answer, (Accepted, Rejected)) else _broken(kernel, "supports", answer)
-
-
-def _broken(kernel: LinearKernel, method: str, answer: object) -> Rejected:
-    said = f"raised {answer.error}" if isinstance(answer, Fault) else f"returned {type(answer).__name__}"
-    return Rejected("error", f"{method} {said}", f"report it to the maker of {kernel.name}")
-
-
-def split(problem: LinearProblem) -> tuple[LinearProblem, ...]:
-    """Return one problem per segment."""
-    return tuple(
-        LinearProblem(problem.in_features, (segment,), problem.dtype, problem.bias, problem.activation)
-        for segment in problem.segments
-    )
+def _kernels_for(problem: LinearProblem | MoEProblem, registry: Registry) -> Mapping[str, Provided[Kernel]]:
+    return registry.kernels if isinstance(problem, LinearProblem) else registry.moe_kernels
 
 
 def _ask(
-    name: str,
-    registry: Registry,
-    problem: LinearProblem,
+    provided: Provided[Kernel],
+    problem: LinearProblem | MoEProblem,
     module: ModuleInfo,
     platform: Platform,
     policy: Policy,
     probes: Mapping[str, Rejected | None],
 ) -> Candidate:
-    provided = registry.kernels[name]
+    name = provided.item.name
     verdict = ask(provided.item, problem, platform)
     wish = policy.wish(module, name)
     pin = policy.pin(module)
@@ -159,13 +118,13 @@ def _ask(
     return Candidate(name, provided.plugin, verdict, said)
 
 
-def _rank(candidate: Candidate, registry: Registry) -> tuple[bool, bool, bool, float, str]:
+def _rank(candidate: Candidate, kernels: Mapping[str, Provided[Kernel]]) -> tuple[bool, bool, bool, float, str]:
     verdict = candidate.verdict
     refused = isinstance(verdict, Rejected)
     return (
         refused,
         not candidate.policy.startswith(("pin", "prefer")),
-        registry.kernels[candidate.kernel].item.traits.fallback,
+        kernels[candidate.kernel].item.traits.fallback,
         0.0 if isinstance(verdict, Rejected) else verdict.cost.at(1),
         candidate.kernel,
     )
