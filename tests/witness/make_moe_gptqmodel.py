@@ -7,7 +7,7 @@ The environment is that of make_gptqmodel.py; the dense models are those of moe_
         /tmp/witness [NAME ...]
 
 Checkpoints go to OUT/ckpt/NAME, the decoded weights to OUT/decompressed/NAME.safetensors (float32: its plain torch
-layers given the file's scales in float32) under the names in the checkpoint, what the files hold to OUT/facts/NAME.json.
+layers given the file's scales in float32) under the names in the checkpoint, facts about it to OUT/facts/NAME.json.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ WEIGHT_PARTS = "packed", "scale", "shape", "zero_point", "global_scale", "scale_
 INPUT_PARTS = "scale", "zero_point", "global_scale"
 OWN_PARTS = {*(f"weight_{part}" for part in WEIGHT_PARTS), *(f"input_{part}" for part in INPUT_PARTS)}
 OWN_PARTS |= {"qweight", "qzeros", "scales", "g_idx"}
+OWN_PARTS |= {f"{name}_{part}" for name in ("gate_up_proj", "down_proj") for part in ("scale_inv", "blocks", "scales")}
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -88,10 +89,13 @@ def stacked(tensors: dict[str, torch.Tensor], family: str) -> dict[str, torch.Te
 
 def dense_state(checkpoint: Path, decoded: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
     """Return a dense state of a checkpoint: what a tool decoded, and what it left whole, in the dense file's names."""
+    files = stored(checkpoint)
     whole = {
         name: tensor
-        for name, tensor in stored(checkpoint).items()
-        if name not in decoded and name.rpartition(".")[2] not in OWN_PARTS and tensor.dtype.is_floating_point
+        for name, tensor in files.items()
+        if name not in decoded
+        and name.rpartition(".")[2] not in OWN_PARTS
+        and not (name.endswith(".scale") and f"{name.removesuffix('scale')}weight" in files)
     }
     together = {dense_name(name, family): tensor.to(torch.float32) for name, tensor in (whole | decoded).items()}
     return stacked(together, family)
