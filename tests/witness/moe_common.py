@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import without_nothing
+from common import BOOKKEEPING
 from moe_models import WORDS
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -101,6 +101,13 @@ def dense_state(checkpoint: Path, decoded: dict[str, torch.Tensor], family: str)
     return stacked(together, family)
 
 
+def said(value: Any) -> Any:
+    """Drop what a configuration leaves open; an empty object is an answer here (GPTQModel's `dynamic`)."""
+    if isinstance(value, dict):
+        return {k: said(v) for k, v in value.items() if v is not None and k not in BOOKKEEPING}
+    return value
+
+
 def describe(checkpoint: Path, decoded: list[str]) -> dict[str, Any]:
     """Return what a tool wrote: its configuration, one expert, one dense layer, routers, files."""
     config = json.loads((checkpoint / "config.json").read_text())
@@ -118,7 +125,7 @@ def describe(checkpoint: Path, decoded: list[str]) -> dict[str, Any]:
         if not re.search(r"\.experts\.(?!3\.)\d+\.", name) and re.search(r"^(?!.*layers\.)|layers\.[12]\.", name)
     }
     return {
-        "quantization_config": without_nothing(config.get("quantization_config")),
+        "quantization_config": said(config.get("quantization_config")),
         "rest of config": {k: v for k, v in config.items() if k != "quantization_config" and "expert" in k},
         "metadata": metadata,
         "files": sorted(path.name for path in checkpoint.iterdir()),
