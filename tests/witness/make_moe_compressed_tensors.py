@@ -82,6 +82,11 @@ SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "moe-ct-deepseek-v3-mxfp8": ("deepseek-v3", "rtn", {"scheme": "MXFP8"}),
     "moe-ct-glm4-w4a16-g128": ("glm4-moe", "rtn", {"scheme": "W4A16"}),
     "moe-ct-glm4-fp8-block-free": ("glm4-moe", "free", {"scheme": "FP8_BLOCK"}),
+    "moe-ct-glm4-fp8-block-nextn": (
+        "glm4-moe",
+        "free",
+        {"scheme": "FP8_BLOCK", "ignore": [*ROUTERS, r"re:.*embed_tokens$", r"re:.*shared_head\..*", r"re:.*eh_proj$"]},
+    ),
     "moe-ct-gpt-oss-w4a16-g128": ("gpt-oss", "rtn", {"scheme": "W4A16"}),
     "moe-ct-gemma4-fp8-dynamic": ("gemma4", "rtn", {"scheme": "FP8_DYNAMIC"}),
     "moe-ct-gemma4-nvfp4a16": ("gemma4", "rtn", {"scheme": "NVFP4A16"}),

@@ -23,6 +23,8 @@ from moe_common import calibration, record
 from safetensors.torch import save_file
 
 W4 = {"bits": 4, "group_size": 128, "sym": True, "desc_act": True}
+AWQ = {"bits": 4, "group_size": 128, "method": "awq", "format": "gemm"}
+FP8 = {"bits": 8, "method": "fp8", "format": "float8_e4m3fn"}
 LEFT = r"-:.*layers\.1\.mlp\.experts\.[67]\..*"
 
 # By name: the family, and the arguments of the tool's configuration.
@@ -44,6 +46,10 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "moe-gq-glm4-w4g128": ("glm4-moe", {**W4, "desc_act": False}),
     "moe-gq-gpt-oss-w4g128": ("gpt-oss", {**W4, "desc_act": False}),
     "moe-gq-gemma4-w4g128": ("gemma4", {**W4, "desc_act": False}),
+    "moe-gq-qwen3-awq-w4g128": ("qwen3-moe", {**AWQ, "sym": False}),
+    "moe-gq-mixtral-awq-w4g128": ("mixtral", {**AWQ, "sym": False}),
+    "moe-gq-qwen3-fp8-row": ("qwen3-moe", {**FP8, "weight_scale_method": "row"}),
+    "moe-gq-qwen3-fp8-block128": ("qwen3-moe", {**FP8, "weight_block_size": [128, 128]}),
 }
 
 
@@ -54,7 +60,7 @@ def quantize(dense: Path, target: Path, arguments: dict[str, Any]) -> None:
 
     data = [{"input_ids": numbers, "attention_mask": [1] * len(numbers)} for numbers in calibration()]
     model = GPTQModel.load(str(dense), QuantizeConfig(**arguments, offload_to_disk=False), device="cpu")
-    model.quantize(data, batch_size=8)
+    model.quantize(None if arguments.get("method") == "fp8" else data, batch_size=8)
     model.save(str(target))
 
 
