@@ -41,9 +41,10 @@ class Cast:
 
     Attributes:
         what: "scales"; "zeros" (`(2^(bits-1) - zero) * scale`, which is added to `(code - 2^(bits-1)) * scale`);
-            "weights" (dequantized values); or "partials" (the product, before the bias is added). The testkit derives
-            its bound from these four and refuses others.
-        dtype: torch name of the dtype rounded to.
+            "weights" (dequantized values); "partials" (the product, before the bias is added); or "accumulator" (sums
+            of up to 128 products of 8-bit floats, as GPUs of compute capability 8.9 and 9.0 add them up). The testkit
+            derives its bound from these and refuses others.
+        dtype: torch name of the dtype rounded to; "float22_e8m13" for an accumulator.
     """
 
     what: str

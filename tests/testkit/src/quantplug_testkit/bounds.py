@@ -33,11 +33,25 @@ that n roundings in a row can add up to (Higham, Accuracy and Stability of Numer
    `A = gamma(n) ((|x| + d) (S + e)^T + |b|)`, where `S` is the sum of the magnitudes a value is computed from:
    `|value|`, or `(|code - mid| + |mid - zero|) |scale|` when the kernel declares the cast "zeros".
 
-4. So the sum before it is stored is off by `E = (|x| + d) e^T + d |value|^T + A + F`. F covers results and operands
+4. "accumulator" to float22_e8m13: codes of 8-bit floats are multiplied by the tensor cores of Ada and Hopper GPUs, and
+   sums move to float32 after 128 products at most, where scales multiply them. One step takes L products p, 16 on Ada
+   and 32 on Hopper, and the sum c so far. It shifts all of them to the largest exponent of any, cuts each off below the
+   13th bit behind that one's leading bit, adds up what is left exactly, and cuts the sum off below its own 13th bit.
+   Sources: DeepSeek-V3 (arXiv 2412.19437), 3.5.2; SageAttention2 (arXiv 2411.10958), 3.2; MMA-Sim (arXiv 2511.10909),
+   which tells the exponents; an H100 and cuBLAS 13.0, where `1 + 2^-14` is 1 within 128 inputs, and exact beyond.
+   The exponent of a product is the sum of its factors', and that of a subnormal code is the smallest normal one's, at
+   most `2^-6`. So with `a = max(|code|, 2^-6)` for codes of x that are not 0, else 0, and `w` likewise for those of the
+   weight, no term and no sum has an exponent above that of `T = sum(a w)`. A step is off by less than
+   `(L + 1) 2^-13 T`, and by as much as `2^-13 T` once more for its sum; 128 products take 128 / L steps, which is 144
+   times `2^-13 T` with 16 products each, and less with more. T of all groups of 128 add up to T of all inputs,
+   whatever order they come in: `R = 144 * 2^-13 T`, times the scales. Where at most one product is not 0, nothing is
+   cut off: its significand has 8 bits, and `R = 0`.
+
+5. So the sum before it is stored is off by `E = (|x| + d) e^T + d |value|^T + A + R + F`. F covers results and operands
    below float32's normal range, which processors may flush to zero (x86's product of BF16 pairs does so with x and
    weights): `2^-126` per operation, and times the other operand.
 
-5. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
+6. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
    dtype t adds `u(t) (|y| + E) + h(t)`. Where the magnitude plus all this passes the largest finite value of t, the
    result may be infinite, and the bound is.
 
@@ -60,10 +74,16 @@ if TYPE_CHECKING:
     from quantplug.kernel import Cast
     from quantplug_testkit.oracles.canonical import Floats, Segment
 
-CASTS = ("scales", "zeros", "weights", "partials")
+CASTS = ("scales", "zeros", "weights", "partials", "accumulator")
 """What a kernel may declare that it rounds."""
 
+ACCUMULATOR = "float22_e8m13"
+"""What the tensor cores of Ada and Hopper GPUs add up 8-bit floats in."""
+
 _SMALLEST_NORMAL = 2.0**-126
+_SMALLEST_NORMAL_CODE = 2.0**-6
+_CUTS = 144
+_LAST_BIT = 2.0**-13
 
 
 def unit_roundoff(dtype: str) -> float:
@@ -149,6 +169,8 @@ def linear_bound(
         error += fused_linear(size, off)
     if any(each.error.any() for each in inputs):
         error += fused_linear([each.error for each in inputs], [np.abs(each) for each in values])
+    if "accumulator" in to:
+        error += _cut_off(inputs, segments)
 
     product = fused_linear([each.values for each in inputs], values)
     if "partials" in to:
@@ -176,10 +198,29 @@ def _middle(segment: Segment) -> int:
     return 0 if segment.signed else 1 << (segment.bits - 1)
 
 
+def _cut_off(inputs: Sequence[Quantized], segments: Sequence[Segment]) -> Floats:
+    """How much of sums of 8-bit floats is cut off, `[M, N]`, see 4."""
+    x = [_aligned(np.abs(each.values) + each.error, each.scale) for each in inputs]
+    w = [_aligned(np.abs(segment.values()), np.abs(segment.scale())) for segment in segments]
+    products = fused_linear(
+        [(each > 0).astype(np.float64) for each in x], [(each > 0).astype(np.float64) for each in w]
+    )
+    return np.where(products > 1, _CUTS * _LAST_BIT * fused_linear(x, w), 0.0)
+
+
+def _aligned(magnitude: Floats, scale: Floats) -> Floats:
+    """The magnitude that a number is aligned by, subnormal codes as if they were the smallest normal one."""
+    return np.where(magnitude > 0, np.maximum(magnitude, _SMALLEST_NORMAL_CODE * scale), 0.0)
+
+
 def _by_name(casts: Sequence[Cast]) -> dict[str, str]:
     to: dict[str, str] = {}
     for cast in casts:
-        if cast.what not in CASTS or cast.dtype not in SIGNIFICANT_BITS or cast.what in to:
-            raise ValueError(f"cannot derive a bound from {cast}: one cast each of {', '.join(CASTS)} to a float dtype")
+        dtypes = (ACCUMULATOR,) if cast.what == "accumulator" else SIGNIFICANT_BITS
+        if cast.what not in CASTS or cast.dtype not in dtypes or cast.what in to:
+            raise ValueError(
+                f"cannot derive a bound from {cast}: one cast each of {', '.join(CASTS)} to a float dtype, "
+                f"and accumulator to {ACCUMULATOR}"
+            )
         to[cast.what] = cast.dtype
     return to

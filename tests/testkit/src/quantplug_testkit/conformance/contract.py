@@ -14,7 +14,7 @@ from unittest import mock
 
 from quantplug.kernel import Accepted, Rejected, Traits
 from quantplug.spec import Granularity, LinearProblem, PerBlock, PerChannel, PerGroup, PerTensor
-from quantplug_testkit.bounds import CASTS
+from quantplug_testkit.bounds import ACCUMULATOR, CASTS
 from quantplug_testkit.conformance.case import Subject
 from quantplug_testkit.conformance.problems import CATALOGUE, DTYPES, PLATFORMS, UNUSUAL
 
@@ -117,7 +117,8 @@ class ContractTests(Subject):
             names = [cast.what for cast in verdict.casts]
             assert set(names) <= set(CASTS), f"casts other than {', '.join(CASTS)} {about}"
             assert len(set(names)) == len(names), f"a cast declared twice {about}"
-            assert {cast.dtype for cast in verdict.casts} <= set(DTYPES), f"a cast to an unknown dtype {about}"
+            dtypes = {cast.dtype for cast in verdict.casts}
+            assert dtypes <= {*DTYPES, ACCUMULATOR}, f"a cast to an unknown dtype {about}"
             assert isinstance(verdict.extra_bytes, int) and verdict.extra_bytes >= 0, f"extra_bytes {about}"  # noqa: PT018
             assert not verdict.quantizes_x or problem.activation is not None, f"quantizes x without permission {about}"
             assert all(isinstance(note, str) and note for note in verdict.notes), f"notes are not texts {about}"

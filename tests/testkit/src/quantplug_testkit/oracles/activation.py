@@ -117,15 +117,17 @@ class Quantized:
     Attributes:
         values: float64 `[M, K]`.
         error: float64 `[M, K]`, how far the x of a right kernel may be from them.
+        scale: float64 `[M, K]`, the largest that codes may be multiplied by; 1 where nobody quantizes.
     """
 
     values: Floats
     error: Floats
+    scale: Floats
 
     @classmethod
     def exactly(cls, x: Floats) -> Quantized:
         """Return an x that nobody quantizes."""
-        return cls(x, np.zeros_like(x))
+        return cls(x, np.zeros_like(x), np.ones_like(x))
 
 
 def quantize(
@@ -158,7 +160,7 @@ def quantize(
         for quotient in choice.ends(x, zero):
             value = choice.value(quotient, rule.element, zero)
             error = np.maximum(error, np.abs(value - center) + choice.scale_error * np.abs(value))
-    return Quantized(center, error)
+    return Quantized(center, error, np.maximum.reduce([choice.scale for choice in choices]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

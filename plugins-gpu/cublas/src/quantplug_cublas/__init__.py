@@ -1,0 +1,1 @@
+"""FP8 products of torch and cuBLAS for quantplug."""

@@ -1,0 +1,141 @@
+"""
+From canonical weights to what torch's scaled product takes, and back.
+
+Segments whose rows can lie below each other become one part, else each becomes a part of its own: blocks that would not
+begin at a multiple of 128 rows, or stored scales of x that differ. The tensors of part i, for N rows filled up to R and
+K inputs filled up to S:
+
+- `codes.i`: a float8 dtype `[R, S]`, row by row, 0 where filled up;
+- `scales.i`: float32, `[1, 1]` for one scale, `[1, R]`, or `[S / 128, ceil(R / 128)]`, a row of blocks after the other;
+- `x_scale.i`: float32 `[1]`, the stored scale of x, where there is one.
+
+`one` is float32 `[1]`, a scale of 1, where scales are per token or row. `rounded` tells whether a scale was float64.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantplug.spec import PerTensor
+from quantplug.weight import Prepared, Weight
+from quantplug_cublas.fit import BLOCK, fill, mode_of, parts, width
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantplug.spec import LinearProblem
+    from quantplug.weight import ActivationParams
+
+
+def prepare(
+    problem: LinearProblem,
+    segments: Sequence[Weight],
+    activation: Sequence[ActivationParams | None],
+    device: torch.device,
+    layout_id: str,
+    out: Prepared | None,
+) -> Prepared:
+    """
+    Return the tensors above for a layer whose segments share one contract; `out` is overwritten in place.
+
+    Raises:
+        ValueError: a stored scale of x is missing, or `out` has other parts.
+    """
+    stored = _stored_scales(problem, activation)
+    layout = parts(problem.segments, together=len(set(stored)) <= 1)
+    tensors: dict[str, torch.Tensor] = {}
+    meta = {"parts": len(layout), "rounded": int(any(w.scales.dtype == torch.float64 for w in segments))}
+    for number, (end, count) in enumerate(zip(accumulate(layout), layout, strict=True)):
+        part = segments[end - count : end]
+        meta[f"rows.{number}"] = sum(weight.out_features for weight in part)
+        tensors[f"codes.{number}"] = codes = _codes(part, width(problem), device)
+        tensors[f"scales.{number}"] = _scales(problem, part, *codes.shape).to(device)
+        if stored:
+            tensors[f"x_scale.{number}"] = torch.tensor([stored[end - count]], dtype=torch.float32, device=device)
+    if mode_of(problem) == "row":
+        tensors["one"] = torch.ones(1, device=device)
+    if out is None:
+        return Prepared(layout_id, problem, tensors, meta)
+    if out.tensors.keys() != tensors.keys():
+        raise ValueError(f"stored scales of x make {len(layout)} parts of the layer, not {out.meta['parts']} as before")
+    for name, tensor in tensors.items():
+        out.tensors[name].copy_(tensor)
+    return out
+
+
+def _stored_scales(problem: LinearProblem, activation: Sequence[ActivationParams | None]) -> list[float]:
+    """Return the stored scale of x for each segment, none where scales are computed from x."""
+    if problem.activation is None or problem.activation.dynamic:
+        return []
+    scales = [None if params is None or params.scale is None else float(params.scale) for params in activation]
+    if None in scales:
+        raise ValueError(f"a stored scale of x is missing: {scales}")
+    return [scale for scale in scales if scale is not None]
+
+
+def _codes(part: Sequence[Weight], inputs: int, device: torch.device) -> torch.Tensor:
+    """Return the codes of some segments below each other, `[R, S]`."""
+    rows, dtype = sum(weight.out_features for weight in part), part[0].codes.dtype
+    shape = (fill(rows), inputs)
+    # Not every operator knows 8-bit floats on every device.
+    whole = shape == (rows, part[0].in_features)
+    octets = (torch.empty if whole else torch.zeros)(shape, dtype=torch.uint8, device=device)
+    row = 0
+    for weight in part:
+        octets[row : row + weight.out_features, : weight.in_features] = weight.codes.view(torch.uint8).to(device)
+        row += weight.out_features
+    return octets.view(dtype)
+
+
+def _scales(problem: LinearProblem, part: Sequence[Weight], rows: int, inputs: int) -> torch.Tensor:
+    mode, scales = mode_of(problem), [weight.scales.to(torch.float32) for weight in part]
+    if mode == "block":
+        held = torch.zeros(-(-rows // BLOCK), inputs // BLOCK)
+        joined = torch.cat(scales)
+        held[: joined.shape[0], : joined.shape[1]] = joined
+        return held.t()
+    if len(part) == 1 and isinstance(part[0].spec.granularity, PerTensor):
+        return scales[0].reshape(1, 1)
+    spread = [scale.expand(weight.out_features, 1) for scale, weight in zip(scales, part, strict=True)]
+    return torch.nn.functional.pad(torch.cat(spread).t(), (0, rows - sum(map(len, spread)))).contiguous()
+
+
+def unprepare(prepared: Prepared) -> tuple[Weight, ...]:
+    """
+    Return the canonical segments bit by bit.
+
+    Raises:
+        NotImplementedError: a float64 scale was rounded to float32 on the way in.
+    """
+    if prepared.meta["rounded"]:
+        raise NotImplementedError("kernel cublas.w8a8 holds float64 scales in float32: there is no exact way back")
+    return canonical(prepared)
+
+
+def canonical(prepared: Prepared) -> tuple[Weight, ...]:
+    """Return the canonical segments as they are held."""
+    problem = prepared.problem
+    mode, segments = mode_of(problem), iter(problem.segments)
+    weights: list[Weight] = []
+    for number in range(prepared.meta["parts"]):
+        codes, scales = prepared.tensors[f"codes.{number}"], prepared.tensors[f"scales.{number}"]
+        row, end = 0, prepared.meta[f"rows.{number}"]
+        while row < end:
+            segment = next(segments)
+            rows, spec = slice(row, row + segment.out_features), segment.weight
+            row = rows.stop
+            if mode == "block":
+                blocks = -(-segment.out_features // BLOCK)
+                groups = -(-problem.in_features // BLOCK)
+                shared = scales.t()[rows.start // BLOCK : rows.start // BLOCK + blocks, :groups]
+            elif isinstance(spec.granularity, PerTensor):
+                first = 0 if scales.shape[1] == 1 else rows.start
+                shared = scales[:, first : first + 1]
+            else:
+                shared = scales[:, rows].t()
+            held = shared.to(getattr(torch, spec.scale_dtype))
+            weights.append(Weight(codes[rows, : problem.in_features], held, spec))
+    return tuple(weights)
