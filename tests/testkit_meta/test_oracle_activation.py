@@ -79,7 +79,7 @@ def test_scales_are_never_below_the_smallest_normal_number():
 def test_powers_of_two_for_8_bits(amax, scales):
     """`ceil(log2(amax / 448))`, or one more where amax is 448 times a power of two."""
     choices = activation._dynamic_choices(row(amax), MXFP8, 1.0)
-    assert sorted({float(choice.scale[0, 0]) for choice in choices}) == list(scales)
+    assert sorted({float(choice.least[0, 0]) for choice in choices}) == list(scales)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_powers_of_two_for_8_bits(amax, scales):
 def test_powers_of_two_for_4_bits(amax, scale):
     """Up to 7 the largest code stands for amax; from 7 on the next power of two is taken."""
     (choice,) = activation._dynamic_choices(row(amax), MXFP4, 1.0)
-    assert choice.scale.tolist() == [[scale]]
+    assert choice.least.tolist() == [[scale]]
 
 
 def test_scales_of_scales_may_be_either_of_two_where_a_boundary_lies_between():

@@ -147,8 +147,30 @@ def linear_bound(
         dtype: torch name of y's dtype.
         casts: what the kernel declares for this problem.
     """
-    to = _by_name(casts)
+    quantized = not isinstance(x, np.ndarray)
     inputs = [Quantized.exactly(x)] * len(segments) if isinstance(x, np.ndarray) else x
+    return stored_error(*linear_error(inputs, segments, bias, casts, quantized=quantized), dtype)
+
+
+def linear_error(
+    inputs: Sequence[Quantized],
+    segments: Sequence[Segment],
+    bias: Floats | None,
+    casts: Sequence[Cast] = (),
+    *,
+    quantized: bool,
+) -> tuple[Floats, Floats]:
+    """
+    Return the exact y, and how far that of a kernel may be off before it is stored, float64 `[M, N]` both.
+
+    Args:
+        inputs: the x of each segment, and how far a kernel's may be from it for whatever reason.
+        segments: as for `linear_bound`, and so are `bias` and `casts`.
+        bias: see there.
+        casts: see there.
+        quantized: whether the kernel quantizes x, which takes two roundings more.
+    """
+    to = _by_name(casts)
     values = [segment.values() for segment in segments]
     off = [weight_error(segment, casts) for segment in segments]
     summed = [_magnitude(segment, apart="zeros" in to) for segment in segments]
@@ -156,7 +178,7 @@ def linear_bound(
     added = 0.0 if bias is None else np.abs(bias)
 
     roundings = values[0].shape[1] + 1 + max(dequantize_roundings(segment) for segment in segments)
-    roundings += 0 if isinstance(x, np.ndarray) else 2
+    roundings += 2 if quantized else 0
     total = fused_linear(size, [s + e for s, e in zip(summed, off, strict=True)]) + added
     accumulated = (gamma(roundings, unit_roundoff("float32")) + gamma(roundings, 2.0**-53)) * total
     summands = [
@@ -175,7 +197,7 @@ def linear_bound(
     product = fused_linear([each.values for each in inputs], values)
     if "partials" in to:
         error = stored_error(product, error, to["partials"])
-    return stored_error(product if bias is None else product + bias, error, dtype)
+    return product if bias is None else product + bias, error
 
 
 def stored_error(exact: Floats, error: Floats, dtype: str) -> Floats:

@@ -38,6 +38,11 @@ boundary between codes lies in it. An x below `2^-126` may be flushed to zero. `
 of a right value from the one that exact arithmetic gives: the difference of two codes where there are two, and the
 scale's own error. Nothing else is permitted.
 
+An x that is itself a result, as what enters an expert's second product is, is known up to `off`. Then amax lies between
+the largest `|x| - off` and the largest `|x| + off`, a scale between those that both of these give, and a quotient
+between those of the ends: rounding to codes never decreases, so the codes of the two ends enclose all others. Where
+scales are rounded and up to three of them are possible, each is tried by itself.
+
 A worked example: amax is 127, so the scale is 1. 2.5 lies on a boundary and may become 2 or 3; 1.25 becomes 1.
 
 >>> token = quantize(np.array([[127.0, 2.5, 1.25]]), Rule("int8", "token", dynamic=True))
@@ -65,7 +70,7 @@ from quantplug_testkit.oracles import floats
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from quantplug_testkit.oracles.canonical import Floats
+    from quantplug_testkit.oracles.canonical import Floats, Integers
 
 _ROUNDOFF = 2.0**-24
 _SMALLEST_NORMAL = 2.0**-126
@@ -117,7 +122,7 @@ class Quantized:
     Attributes:
         values: float64 `[M, K]`.
         error: float64 `[M, K]`, how far the x of a right kernel may be from them.
-        scale: float64 `[M, K]`, the largest that codes may be multiplied by; 1 where nobody quantizes.
+        scale: float64 `[M, K]`, what codes are multiplied by, the largest that is right; 1 where nobody quantizes.
     """
 
     values: Floats
@@ -131,7 +136,13 @@ class Quantized:
 
 
 def quantize(
-    x: Floats, rule: Permission, *, scale: float | None = None, zero: int = 0, global_scale: float = 1.0
+    x: Floats,
+    rule: Permission,
+    *,
+    scale: float | None = None,
+    zero: int = 0,
+    global_scale: float = 1.0,
+    off: Floats | float = 0.0,
 ) -> Quantized:
     """
     Return what a finite x `[M, K]` becomes.
@@ -142,6 +153,7 @@ def quantize(
         scale: the stored scale, for static ones.
         zero: the stored zero point, for unsigned codes.
         global_scale: what multiplies every scale.
+        off: how far what a right kernel quantizes may be from x.
 
     Raises:
         ValueError: no rule says what is meant.
@@ -150,58 +162,86 @@ def quantize(
         if scale is not None or rule.element.startswith("uint"):
             raise ValueError(f"no rule for {rule} with a stored scale of {scale}")
         choices = _dynamic_choices(x, rule, global_scale)
+        center = choices[0].center(x, rule.element, zero)
+        if np.any(off):
+            choices = _dynamic_choices(x, rule, global_scale, off)
     else:
         if scale is None or rule.granularity != "tensor" or global_scale != 1:
             raise ValueError(f"no rule for {rule} with a stored scale of {scale} and a global one of {global_scale}")
-        choices = [_Choice(np.full_like(x, scale), 0.0, _gamma(2))]
-    center = choices[0].value(choices[0].quotient(x), rule.element, zero)
+        stored = np.full_like(x, scale)
+        choices = [_Choice(stored, stored, 0.0, _gamma(2))]
+        center = choices[0].center(x, rule.element, zero)
     error = np.zeros_like(x)
     for choice in choices:
-        for quotient in choice.ends(x, zero):
-            value = choice.value(quotient, rule.element, zero)
+        for value in choice.ends(x, off, rule.element, zero):
             error = np.maximum(error, np.abs(value - center) + choice.scale_error * np.abs(value))
-    return Quantized(center, error, np.maximum.reduce([choice.scale for choice in choices]))
+    return Quantized(center, error, np.maximum.reduce([choice.most for choice in choices]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Choice:
-    """A scale for each element, and by how much of itself it and a quotient by it may be off."""
+    """The least and the largest scale of each element, and by how much of itself it and a quotient by it may be off."""
 
-    scale: Floats
+    least: Floats
+    most: Floats
     scale_error: float
     quotient_error: float
 
-    def quotient(self, x: Floats) -> Floats:
-        """`x / scale`; 0 where the scale is."""
-        return np.where(self.scale == 0, 0.0, x / np.where(self.scale == 0, 1.0, self.scale))
+    def center(self, x: Floats, element: str, zero: int) -> Floats:
+        """What exact arithmetic gives with the least scale."""
+        return _nearest(_quotient(x, self.least), element, zero) * self.least
 
-    def ends(self, x: Floats, zero: int) -> Iterator[Floats]:
-        """Yield the smallest and the largest quotient that a right kernel may round, and 0 where x may be flushed."""
-        quotient = self.quotient(x)
+    def ends(self, x: Floats, off: Floats | float, element: str, zero: int) -> Iterator[Floats]:
+        """Yield values between which all lie that a right kernel may get; 0 is one where x may be flushed."""
+        quotients = [_quotient(end, scale) for end in (x - off, x + off) for scale in (self.least, self.most)]
+        lowest, highest = np.minimum.reduce(quotients), np.maximum.reduce(quotients)
+        flushed = np.where(np.abs(x) - off < _SMALLEST_NORMAL, 0.0, highest)
+        for quotient in (lowest - self._off(lowest, zero), highest + self._off(highest, zero), flushed):
+            code = _nearest(quotient, element, zero)
+            yield code * self.least
+            yield code * self.most
+
+    def _off(self, quotient: Floats, zero: int) -> Floats:
         size = np.abs(quotient)
-        off = self.quotient_error * size + (_ROUNDOFF * (size + zero) if zero else 0.0)
-        yield quotient - off
-        yield quotient + off
-        yield np.where(np.abs(x) < _SMALLEST_NORMAL, 0.0, quotient)
-
-    def value(self, quotient: Floats, element: str, zero: int) -> Floats:
-        """What a quotient is rounded to, times the scale."""
-        return _nearest(quotient, element, zero) * self.scale
+        return self.quotient_error * size + (_ROUNDOFF * (size + zero) if zero else 0.0)
 
 
-def _dynamic_choices(x: Floats, rule: Permission, global_scale: float) -> list[_Choice]:
-    amax = _largest_magnitudes(np.abs(x), rule)
+def _quotient(x: Floats, scale: Floats) -> Floats:
+    """`x / scale`; 0 where the scale is."""
+    return np.where(scale == 0, 0.0, x / np.where(scale == 0, 1.0, scale))
+
+
+def _dynamic_choices(x: Floats, rule: Permission, global_scale: float, off: Floats | float = 0.0) -> list[_Choice]:
+    """The scales for x that is known up to `off`; where that is 0, the first is that of exact arithmetic."""
+    size, top = np.abs(x), _top(rule.element)
+    least, most = (_largest_magnitudes(end, rule) for end in (np.maximum(size - off, 0.0), size + off))
     if rule.scale_dtype == "float32" and global_scale == 1:
-        return [_Choice(np.maximum(amax / _top(rule.element), _SMALLEST_NORMAL), _gamma(2), _gamma(4))]
+        lowest, highest = (np.maximum(amax / top, _SMALLEST_NORMAL) for amax in (least, most))
+        return [_Choice(lowest, highest, _gamma(2), _gamma(4))]
     if rule.scale_dtype == "float8_e4m3fn":
-        wanted = amax / _top(rule.element) / global_scale
-        nearby = (wanted, wanted * (1 - _gamma(5)), wanted * (1 + _gamma(5)))
-        stored = [floats.decode(floats.encode(scale, rule.scale_dtype), rule.scale_dtype) for scale in nearby]
-        return [_Choice(scale * global_scale, _gamma(2), _gamma(4)) for scale in stored]
+        table = floats.values(rule.scale_dtype) * global_scale
+
+        def code(amax: Floats, factor: float) -> Integers:
+            return floats.encode(amax / top / global_scale * factor, rule.scale_dtype).astype(np.int64)
+
+        wanted = code(least, 1.0), code(most, 1.0)
+        around = code(least, 1 - _gamma(5)), code(most, 1 + _gamma(5))
+        pairs = (*_between(*wanted), *_between(*around))
+        return [_Choice(table[one], table[other], _gamma(2), _gamma(4)) for one, other in pairs]
     if rule.scale_dtype == "float8_e8m0fnu" and rule.element in _STEPS_AT_THE_TOP and global_scale == 1:
-        steps = (False, True) if _STEPS_AT_THE_TOP[rule.element] is None else (_STEPS_AT_THE_TOP[rule.element],)
-        return [_Choice(_power_of_two(amax, rule.element, step_at_the_top=bool(step)), 0.0, 0.0) for step in steps]
+        step = _STEPS_AT_THE_TOP[rule.element]
+        lowest = _exponent(least, rule.element, step_at_the_top=bool(step))
+        highest = _exponent(most, rule.element, step_at_the_top=step is not False)
+        return [_Choice(_power(one), _power(other), 0.0, 0.0) for one, other in _between(lowest, highest)]
     raise ValueError(f"no rule for {rule} with a global scale of {global_scale}")
+
+
+def _between(lowest: Integers, highest: Integers) -> Iterator[tuple[Integers, Integers]]:
+    """Yield up to three pairs of equal numbers that go through all between two; where there are more, these two."""
+    apart = highest - lowest
+    for step in range(min(2, int(apart.max(initial=0))) + 1):
+        here = np.minimum(lowest + step, highest)
+        yield np.where(apart > 2, lowest, here), np.where(apart > 2, highest, here)
 
 
 def _largest_magnitudes(magnitudes: Floats, rule: Permission) -> Floats:
@@ -221,13 +261,15 @@ def _largest_magnitudes(magnitudes: Floats, rule: Permission) -> Floats:
     return np.repeat(largest, size, axis=1)[:, : magnitudes.shape[1]]
 
 
-def _power_of_two(amax: Floats, element: str, *, step_at_the_top: bool) -> Floats:
+def _exponent(amax: Floats, element: str, *, step_at_the_top: bool) -> Integers:
     half, exponent = np.frexp(amax)
     above = half >= _STEP_UP / 2 if step_at_the_top else half > _STEP_UP / 2
     wanted = exponent - 1 + above - floats.largest_exponent(element)
-    limited = np.clip(np.where(amax == 0, -127, wanted), -127, 127)
-    powers: Floats = np.ldexp(np.ones_like(amax), limited)
-    return powers
+    return np.clip(np.where(amax == 0, -127, wanted), -127, 127).astype(np.int64)
+
+
+def _power(exponent: Integers) -> Floats:
+    return np.ldexp(np.ones(exponent.shape), exponent)
 
 
 def _top(element: str) -> float:
