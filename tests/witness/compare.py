@@ -7,7 +7,7 @@ float32, in units in the last place; then the logits of the whole model in float
 against those of an ordinary dense model of Transformers that holds the tool's weights. Both models multiply by the same
 operator, so that equal weights must give equal logits, to the bit. Where weights differ (the tool computes in another
 order, or offers them in bfloat16 only), the logits may differ by what that explains: ten times what a model shows whose
-weights are moved by as much, at random.
+weights are moved by as much, at random. How mixtures of experts are compared, compare_moe.py says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from quantplug.errors import QuantplugError
+from tests.witness.compare_moe import compare_moe
+from tests.witness.held import ROOM, our_model, ulps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,15 +31,6 @@ if TYPE_CHECKING:
 TEXT = (
     "The lighthouse keeper climbed the stairs each evening, and each evening the sea answered with its own slow light. "
 )
-ROOM = 10.0
-"""How many times the effect of random differences of the same size is taken to be explained by them."""
-
-
-def ulps(ours: torch.Tensor, theirs: torch.Tensor) -> int:
-    """Return the largest distance of two float32 tensors, counted in representable numbers."""
-    places = [tensor.contiguous().view(torch.int32).to(torch.int64) for tensor in (ours, theirs)]
-    ordered = [torch.where(bits < 0, -(bits & 0x7FFF_FFFF), bits) for bits in places]
-    return int((ordered[0] - ordered[1]).abs().max())
 
 
 def tokens(directory: Path) -> torch.Tensor:
@@ -47,17 +39,6 @@ def tokens(directory: Path) -> torch.Tensor:
 
     encoded: torch.Tensor = AutoTokenizer.from_pretrained(directory)(TEXT * 3, return_tensors="pt").input_ids
     return encoded
-
-
-def our_model(directory: Path) -> Any:
-    """Load a checkpoint in float32 with every layer on the reference kernel."""
-    from quantplug.policy import Policy
-    from quantplug_transformers import from_pretrained
-
-    policy = Policy.parse({"rule": [{"pin": "reference"}]}, "compare")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the reference kernel announces itself
-        return from_pretrained(directory, dtype="float32", policy=policy)
 
 
 def dense_model(directory: Path, decoded: Mapping[str, torch.Tensor], others: Any) -> Any:
@@ -125,8 +106,9 @@ def main() -> int:
     for name in names:
         if not (options.directory / "decompressed" / f"{name}.safetensors").exists():
             continue
+        experts = (options.directory / "logits" / f"{name}.safetensors").exists()
         try:
-            result = compare(options.directory, name)
+            result = (compare_moe if experts else compare)(options.directory, name)
         except QuantplugError as error:
             result = {"name": name, "refused": str(error), "agrees": False}
             print(f"{name:38} REFUSED: {error}", file=sys.stderr, flush=True)

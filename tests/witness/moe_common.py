@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 TOKENS = 48
+CHOICES = 16
 CALIBRATION = 64
 WEIGHT_PARTS = "packed", "scale", "shape", "zero_point", "global_scale", "scale_inv"
 INPUT_PARTS = "scale", "zero_point", "global_scale"
@@ -25,9 +26,9 @@ OWN_PARTS |= {f"{name}_{part}" for name in ("gate_up_proj", "down_proj") for par
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def input_ids() -> torch.Tensor:
-    """Return the tokens that every stored logit answers to."""
-    return torch.randint(4, WORDS, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+def sequences() -> torch.Tensor:
+    """Return the sequences of tokens of which each checkpoint is asked one."""
+    return torch.randint(4, WORDS, (CHOICES, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
 def calibration() -> list[list[int]]:

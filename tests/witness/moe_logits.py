@@ -4,9 +4,13 @@ Run what a tool decoded, dense and in float32, in plain transformers, and store 
     OMP_NUM_THREADS=1 /tmp/witness/venvs/hf/bin/python tests/witness/moe_logits.py /tmp/witness [NAME ...]
 
 A process of its own, since llm-compressor changes how transformers loads mixtures of experts until its process ends.
-OUT/logits/NAME.safetensors gets `input_ids` [1, tokens] and `logits` [1, tokens, words]; `margin` [tokens] is how far,
-in what a router returns first, the last of the best experts lies above the next one, the least of all layers (groups
-and biases of experts left aside): where that is small, a rounding anywhere may choose other experts.
+OUT/logits/NAME.safetensors gets `input_ids` [1, tokens] and `logits` [1, tokens, words]; `margin` [tokens]: how far, in
+what a router returns first, the last of the best experts lies above the next one, the least of all layers (groups and
+biases of experts left aside); `rounding` [1]: the largest change of any logit when every weight is moved by 2^-23 of
+itself, up or down at random, which is what another order of the same sums may cost.
+
+Where two experts are nearly as good for a token, a rounding anywhere chooses between them. So of several sequences
+that one is taken which is farthest from it.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_common import dense_state, input_ids
+from moe_common import dense_state, sequences
 from moe_models import TOP_K
 from safetensors.torch import load_file, save_file
 
@@ -38,8 +42,8 @@ def dense_copy(out: Path, name: str, family: str) -> Path:
     return copy
 
 
-def run(copy: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits of a dense checkpoint, and the least margin of any router, for each token."""
+def dense_model(copy: Path) -> Any:
+    """Load a dense checkpoint whole, in float32."""
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -49,21 +53,42 @@ def run(copy: Path) -> tuple[torch.Tensor, torch.Tensor]:
     report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not key.startswith(NEXT_N)}
     if wrong := {key: sorted(value) for key, value in report.items() if value}:
         raise ValueError(f"{copy.name} did not load whole: {wrong}")
-    margins: list[torch.Tensor] = []
+    return model.eval()
+
+
+def margins(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the least margin of any router, for each token of each sequence."""
+    found: list[torch.Tensor] = []
 
     def watch(_module: Any, _inputs: Any, output: Any) -> None:
         scores = (output[0] if isinstance(output, tuple) else output).float()
-        best = scores.reshape(-1, scores.shape[-1]).topk(TOP_K + 1, dim=-1).values
-        margins.append(best[:, TOP_K - 1] - best[:, TOP_K])
+        best = scores.reshape(*ids.shape, -1).topk(TOP_K + 1, dim=-1).values
+        found.append(best[..., TOP_K - 1] - best[..., TOP_K])
 
-    for module in model.modules():
-        if type(module).__name__.endswith(ROUTERS):
-            module.register_forward_hook(watch)
-    with torch.inference_mode():
-        found = model.eval()(input_ids()).logits.float().contiguous()
-    if not torch.isfinite(found).all():
+    routers = [module for module in model.modules() if type(module).__name__.endswith(ROUTERS)]
+    hooks = [module.register_forward_hook(watch) for module in routers]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).amin(0)
+
+
+@torch.inference_mode()
+def run(copy: Path) -> dict[str, torch.Tensor]:
+    """Return what is stored about a dense checkpoint."""
+    model, ids = dense_model(copy), sequences()
+    margin = margins(model, ids)
+    best = int(margin.amin(-1).argmax())
+    ids = ids[best : best + 1].contiguous()
+    logits = model(ids).logits.float().contiguous()
+    if not torch.isfinite(logits).all():
         raise ValueError(f"{copy.name}: logits are not finite")
-    return found, torch.stack(margins).amin(0).contiguous()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+        parameter.mul_(1 + signs * torch.finfo(torch.float32).eps)
+    rounding = (model(ids).logits.float() - logits).abs().max().reshape(1)
+    return {"input_ids": ids, "logits": logits, "margin": margin[best].contiguous(), "rounding": rounding}
 
 
 def main() -> None:
@@ -78,12 +103,13 @@ def main() -> None:
         if target.exists():
             continue
         try:
-            found, margin = run(dense_copy(out, name, families[name]))
+            found = run(dense_copy(out, name, families[name]))
         except (RuntimeError, ValueError) as error:  # a file that its family cannot be: a witness for refusing it
             print(f"{name}: NO LOGITS: {error}"[:300], flush=True)
             continue
-        save_file({"input_ids": input_ids(), "logits": found, "margin": margin}, target)
-        print(f"{name}: std {float(found.std()):.3f}, least router margin {float(margin.min()):.1e}", flush=True)
+        save_file(found, target)
+        spread, margin = float(found["logits"].std()), float(found["margin"].min())
+        print(f"{name}: std {spread:.3f}, margin {margin:.1e}, rounding {float(found['rounding']):.1e}", flush=True)
 
 
 if __name__ == "__main__":

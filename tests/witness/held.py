@@ -1,0 +1,41 @@
+"""
+What both comparisons hold against a tool: the distance of values, and our model of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from quantplug.policy import Policy
+
+ROOM = 10.0
+"""How many times the effect of random differences of the same size is taken to be explained by them."""
+
+
+def ulps(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """Return the largest distance of two float32 tensors, counted in representable numbers."""
+    places = [tensor.contiguous().view(torch.int32).to(torch.int64) for tensor in (ours, theirs)]
+    ordered = [torch.where(bits < 0, -(bits & 0x7FFF_FFFF), bits) for bits in places]
+    return int((ordered[0] - ordered[1]).abs().max())
+
+
+def reference_only() -> Policy:
+    """Return the wish that every layer runs on the reference kernel."""
+    from quantplug.policy import Policy
+
+    return Policy.parse({"rule": [{"pin": "reference"}]}, "compare")
+
+
+def our_model(directory: Path) -> Any:
+    """Load a checkpoint in float32 with every layer on the reference kernel."""
+    from quantplug_transformers import from_pretrained
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reference kernel announces itself
+        return from_pretrained(directory, dtype="float32", policy=reference_only())
