@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-
-from quantplug.errors import QuantplugError
 from tests.witness.compare_moe import compare_moe
 from tests.witness.held import ROOM, our_model, ulps
+
+from quantplug.errors import QuantplugError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

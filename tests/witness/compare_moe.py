@@ -1,12 +1,12 @@
 """
-Hold the experts that quantplug loads against what the tool that wrote them decodes: for `tests.witness.compare`, wherever
-moe_logits.py stored logits.
+Hold the experts that quantplug loads against what the tool that wrote them decodes: for `tests.witness.compare`,
+wherever moe_logits.py stored logits.
 
 Values: every quantized module of the bare checkpoint, next-N layers among them, and each expert's first and second
-product, in units in the last place of float32. Logits: in float32 through the `reference` kernel, against those that plain
-Transformers computed in the tool's environment from the decoded weights. The order of sums differs there, so that logits
-may differ by ten times `rounding`, which moe_logits.py measured as the effect of a rounding of every weight; weights that
-are n units apart may cost n times that.
+product, in units in the last place of float32. Logits: in float32 through the `reference` kernel, against those that
+plain Transformers computed in the tool's environment from the decoded weights. The order of sums differs there, so that
+logits may differ by ten times `rounding`, which moe_logits.py measured as the effect of a rounding of every weight;
+weights that are n units apart may cost n times that.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+from tests.witness.held import ROOM, our_model, reference_only, ulps
 
 from quantplug.load import LoadedLayers, load_layers
 from quantplug.planner import plan
-from tests.witness.held import ROOM, our_model, reference_only, ulps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -47,7 +47,9 @@ def by_expert(decoded: Mapping[str, torch.Tensor], interleaved: bool) -> dict[st
             for expert, whole in enumerate(tensor):
                 rows = whole.T if interleaved else whole
                 halves = (rows[0::2], rows[1::2]) if interleaved else rows.chunk(2)
-                parts = {"down_proj": rows} if match[2] == "down_proj" else dict(zip(PROJECTIONS.values(), halves))
+                parts = {"gate_proj": halves[0], "up_proj": halves[1]}
+                if match[2] == "down_proj":
+                    parts = {"down_proj": rows}
                 found.setdefault(match[1], {}).setdefault(expert, {}).update(parts)
     return found
 
