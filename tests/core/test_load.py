@@ -12,8 +12,9 @@ from toy_checkpoints import toy_checkpoint, toy_registry, toy_tensors, write_che
 
 from quantplug.errors import CheckpointError, LoadError, PlanError, QuantplugError
 from quantplug.kernel import Rejected
-from quantplug.load import load_layers, stored_tensors
+from quantplug.load import load_layers
 from quantplug.planner import plan
+from quantplug.writeback import stored_tensors
 from quantplug_testkit import toys
 
 if TYPE_CHECKING:

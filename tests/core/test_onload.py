@@ -13,10 +13,11 @@ from quantplug.config import resolve_config
 from quantplug.convert import convert
 from quantplug.entries import path_entries
 from quantplug.errors import CheckpointError, ConfigError, ConvertError, PluginError
-from quantplug.load import load_layers, stored_tensors
+from quantplug.load import load_layers
 from quantplug.onload import OnLoad, written_section
 from quantplug.plan import Plan
 from quantplug.planner import plan
+from quantplug.writeback import stored_tensors
 from quantplug_testkit import toys
 
 if TYPE_CHECKING:

@@ -163,10 +163,12 @@ def test_whoever_asks_the_tensors_gets_a_ruling_for_each_shard_instead():
     assert together.of(QKV[0]) is together
 
 
-def test_experts_that_come_to_different_schemes_are_an_error_in_any_case():
+def test_every_expert_is_asked_and_those_that_disagree_are_named():
     experts = ModuleInfo("mlp.experts", "experts", shards=("mlp.experts.0.up", "mlp.experts.1.up"))
     with pytest.raises(ConfigError, match=r"kept whole: mlp\.experts\.0\.up by"):
-        Matcher(skips("experts.0"), BASE).decide(experts, split=True)
+        Matcher(skips("experts.0"), BASE).decide(experts)
+    ruling = Matcher(skips("experts.0"), BASE).decide(experts, split=True)
+    assert [(shard, part.use) for shard, part in ruling.split] == [(experts.shards[0], None), (experts.shards[1], BASE)]
 
 
 OTHERWISE = {

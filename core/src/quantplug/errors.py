@@ -61,6 +61,7 @@ _CODES: dict[str, str] = {
     "QP-PLAN-POLICY": "a policy is malformed or names what does not exist",
     "QP-PLAN-PLATFORM": "a platform is not known or not spelled as expected",
     "QP-PLAN-JSON": "a serialized plan is malformed or of another version",
+    "QP-PLAN-EXPERTS": "the experts of a layer cannot be brought to one contract without rounding",
     "QP-PLAN-MODEL": "the model's modules and the checkpoint's tensors do not belong together",
     # loading
     "QP-LOAD-CLAIM": "a tensor is claimed twice",

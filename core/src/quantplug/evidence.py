@@ -7,8 +7,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from quantplug.errors import CheckpointError, list_names
+from quantplug.expertnames import one_expert
 from quantplug.kvcache import is_kv_scale
 from quantplug.plan import LeftTensors
+from quantplug.skip import SCHEMED
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -50,15 +52,16 @@ def check_whole(module: ModuleInfo, headers: Iterable[TensorHeader]) -> None:
         CheckpointError: `QP-ST-DTYPE`, saying what cannot be read yet, or that no rule concerns it.
     """
     for header in filter(holds_codes, headers):
-        if module.kind == "linear":
+        if module.kind in SCHEMED:
             why = "the rules that concern this layer name no format that stores them so"
             fix = "Check that the configuration belongs to these files; a layer that stays whole has a dense weight."
         else:
             what = "embeddings" if module.kind == "embedding" else "such a module"
-            if module.kind == "other" and (len(header.shape) > 2 or "experts" in header.name.split(".")):
-                what = "experts"
-            why = f"{what} in quantized form cannot be read yet"
+            why = f"{what} in quantized form cannot be read"
             fix = "Use a copy of the model that keeps them whole, in bfloat16 for instance."
+            if module.kind == "other" and (len(header.shape) > 2 or "experts" in header.name.split(".")):
+                why = "no name rule of its family says how its experts lie"
+                fix = "Describe the family: a plugin's quantplug_architectures returns its rules."
         raise CheckpointError(
             "QP-ST-DTYPE",
             f"{header.file}: {header.name}",
@@ -100,6 +103,32 @@ class StoredModules:
     def metadata(self, module: str) -> Mapping[str, str]:
         """Return what the files' `__metadata__` says under names of a module's tensors, by suffix; mostly nothing."""
         return self._said.get(module, {})
+
+    def unstack(self, inventory: Inventory) -> None:
+        """
+        Let every projection of stacked experts be a module, whose tensors have the shapes that one expert's have.
+
+        Raises:
+            CheckpointError: `QP-ST-SHAPE` for a tensor that does not hold as many experts as the layer has.
+        """
+        for module in inventory:
+            if module.experts is None or not module.experts.files.stacked:
+                continue
+            stored = self._modules.get(module.name, {})
+            for suffix, (projection, ending) in module.experts.files.stacked_names.items():
+                header = stored.pop(suffix, None)
+                if header is None:
+                    continue
+                if not header.shape or header.shape[0] != module.experts.count:
+                    raise CheckpointError(
+                        "QP-ST-SHAPE",
+                        f"{header.file}: {header.name}",
+                        f"shape {list(header.shape)}",
+                        expected=f"{module.experts.count} experts along the first axis",
+                        fix="Check the number of experts in config.json, and that the files belong to this model.",
+                    )
+                path = f"{module.name}.{projection}"
+                self._modules.setdefault(path, {})[ending.suffix] = one_expert(header, ending)
 
     def judge(self, module: str, suffixes: Collection[str], required: Collection[str]) -> Evidence:
         """

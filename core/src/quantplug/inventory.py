@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX, StoredModules
+from quantplug.expertinventory import ExpertContainers
 from quantplug.names import GENERIC
 from quantplug.spec import LinearShape
 
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 
     from quantplug.checkpoint import Checkpoint
     from quantplug.config import QuantConfig
+    from quantplug.expertrules import ExpertLayer
     from quantplug.jsonio import Json
     from quantplug.names import Architecture
     from quantplug.registry import Registry
 
-ModuleKind = Literal["linear", "embedding", "other"]
+ModuleKind = Literal["linear", "experts", "embedding", "other"]
 
 # Path components that are looked at one by one when modules are put in order; the rest of a longer path is one.
 _MOST_COMPONENTS = 32
@@ -35,14 +37,18 @@ class ModuleInfo:
 
     Attributes:
         path: module path in the engine that will run it ("model.layers.0.mlp.gate_up_proj").
-        kind: what it is; only "linear" is ever given a linear scheme.
+        kind: what it is; only "linear" and "experts" are ever given a scheme.
         name: its path in checkpoint names, where matching happens; the same as `path` unless the engine renames.
         class_name: class of the module ("Linear"), for entries that name classes.
         shape: logical size of a linear module when known (from a model), else None (then the format tells).
         bias: whether a linear module has a bias.
         shards: checkpoint paths that are fused into this module, in output order; () when it is stored under `name`.
+            For experts the path of every projection of every expert, as `ExpertFiles.projections` orders them, expert
+            by expert; for stacked ones just the projections.
         tied_to: path of the module that owns this one's weight, or "".
         head: whether it is the output head (the last linear layer, onto the vocabulary).
+        experts: what kind of experts, for that kind of module.
+        extras: names of further stored tensors that a linear module owns, besides its weight and bias.
     """
 
     path: str
@@ -54,6 +60,8 @@ class ModuleInfo:
     shards: tuple[str, ...] = ()
     tied_to: str = ""
     head: bool = False
+    experts: ExpertLayer | None = None
+    extras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -98,11 +106,14 @@ def inventory_of(
 
     Raises:
         PluginError: `QP-PLUG-MISSING` or `QP-PLUG-CONFLICT` about a scheme that `config` names.
+        ConfigError: `QP-CFG-FIELD` when there are experts and config.json does not say how many.
     """
     stored = StoredModules(checkpoint)
     rules = _architecture(model_config, registry)
     marks = _marks(config, registry)
-    modules = [_module(path, stored, rules, marks) for path in _model_order(stored.paths)]
+    containers = ExpertContainers(stored, rules.experts, model_config)
+    places = dict.fromkeys(containers.place(path) for path in stored.paths)
+    modules = [_experts(path, containers) or _module(path, stored, rules, marks) for path in _model_order(places)]
     modules.sort(key=lambda module: module.head)
     if not any(module.head for module in modules) and _is_tied(model_config):
         modules += _tied_head(modules, stored, rules)
@@ -125,6 +136,20 @@ def _marks(config: QuantConfig, registry: Registry) -> frozenset[str]:
     return frozenset(suffixes - {DENSE_SUFFIX, BIAS_SUFFIX})
 
 
+def _experts(path: str, containers: ExpertContainers) -> ModuleInfo | None:
+    layer = containers.layer(path)
+    if layer is None:
+        return None
+    return ModuleInfo(
+        path,
+        "experts",
+        class_name="Linear",  # so writers know them
+        bias=containers.has_bias(path, layer),
+        shards=containers.shards(path, layer),
+        experts=layer,
+    )
+
+
 def _module(path: str, stored: StoredModules, rules: Architecture, marks: frozenset[str]) -> ModuleInfo:
     tensors = stored.tensors(path)
     if _ends_with(path, rules.embeddings):
@@ -140,6 +165,7 @@ def _module(path: str, stored: StoredModules, rules: Architecture, marks: frozen
         shape=None if quantized or weight is None else LinearShape(*weight.shape),
         bias=BIAS_SUFFIX in tensors,
         head=_ends_with(path, rules.heads) and not any(part.isdecimal() for part in path.split(".")),
+        extras=tuple(name for name in rules.extras if name in tensors),
     )
 
 

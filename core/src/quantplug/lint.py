@@ -114,6 +114,7 @@ def _decide(
 ) -> tuple[list[Decided], SchemeCache]:
     """Plan every module, whatever became of the others, and account for every tensor."""
     stored = StoredModules(checkpoint)
+    _kept(lambda: stored.unstack(inventory), found)
     matcher = _kept(lambda: Matcher(config.rules, config.default), found) or Matcher((), config.default)
     planner = LayerPlanner(
         config=config, matcher=matcher, stored=stored, platform=Platform.parse("cpu"), dtype=dtype, policy=Policy(),

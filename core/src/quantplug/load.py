@@ -14,10 +14,13 @@ import torch
 from quantplug.asking import probe
 from quantplug.checkpoint import Checkpoint, open_checkpoint
 from quantplug.detect import detect
-from quantplug.errors import CheckpointError, LoadError, PlanError
+from quantplug.errors import CheckpointError, PlanError
+from quantplug.expertload import load_experts
 from quantplug.ledger import Ledger
-from quantplug.modules import QuantizedLinear, SourceTensor
+from quantplug.modules import QuantizedLinear
+from quantplug.moemodules import QuantizedExperts
 from quantplug.plugins import registry as installed
+from quantplug.preparedmodule import PreparedModule, SourceTensor
 from quantplug.reader import TensorReader, digest
 from quantplug.schemes import SchemeCache
 from quantplug.source import resolve_source
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from quantplug.moekernel import Kernel
     from quantplug.plan import LayerPlan, Plan
     from quantplug.registry import Registry
 
@@ -71,12 +75,14 @@ class LoadedLayers:
     The quantized layers of one checkpoint.
 
     Attributes:
-        modules: by module path, ready to run.
+        modules: linear layers by module path, ready to run.
+        experts: layers of experts by module path, ready to run.
         report: what loading them took.
         kv_scales: the stored scales of a cache of keys and values by tensor name, for the framework that owns it.
     """
 
     modules: Mapping[str, QuantizedLinear]
+    experts: Mapping[str, QuantizedExperts]
     report: LoadReport
     kv_scales: Mapping[str, torch.Tensor]
 
@@ -87,7 +93,7 @@ def load_layers(
     *,
     device: torch.device | str = "cpu",
     devices: Mapping[str, torch.device | str] | None = None,
-    modules: Mapping[str, QuantizedLinear] | None = None,
+    modules: Mapping[str, PreparedModule] | None = None,
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> LoadedLayers:
@@ -95,7 +101,8 @@ def load_layers(
     Load every quantized layer of a plan; either all of them, or an error and nothing.
 
     Layers are decoded and prepared in other threads while the next ones are read. Peak memory is what the layers hold
-    when done, plus the stored and canonical forms of one layer, or of several that are small together.
+    when done, plus the stored and canonical forms of one layer, or of several that are small together; of experts,
+    those of one expert or of several small ones.
 
     Args:
         plan: made from the same checkpoint.
@@ -122,24 +129,42 @@ def load_layers(
     on_cpu = all(place.type == "cpu" for place in places.values())
     ledger, schemes = Ledger(), SchemeCache(registry)
     filled: dict[str, QuantizedLinear] = {}
+    experts: dict[str, QuantizedExperts] = {}
     kernels: dict[str, int] = {}
     done = 0
     read_seconds = install_seconds = 0.0
 
     def finish(results: Iterator[_Installed]) -> None:
-        nonlocal done, install_seconds
+        nonlocal install_seconds
         for installed_layer in results:
             layer = installed_layer.layer
             filled[layer.path] = installed_layer.module
             install_seconds += installed_layer.seconds
-            kernel = plan.decisions[layer.decision or 0].kernel
-            kernels[kernel] = kernels.get(kernel, 0) + 1
-            done += layer.file_bytes
-            tell(progress, "load", done, total)
+            count(layer)
+            advance(layer.file_bytes)
+
+    def count(layer: LayerPlan) -> None:
+        kernel = plan.decisions[layer.decision or 0].kernel
+        kernels[kernel] = kernels.get(kernel, 0) + 1
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        tell(progress, "load", done, total)
 
     with TensorReader(checkpoint) as reader, _workers(on_cpu=on_cpu) as workers:
         for layer in quantized:
-            module = modules[layer.path] if modules is not None else QuantizedLinear(layer, plan, registry, schemes)
+            module = modules[layer.path] if modules is not None else new_module(layer, plan, registry, schemes)
+            if isinstance(module, QuantizedExperts):
+                finish(workers.rest())
+                started = time.perf_counter()
+                load_experts(layer, module, checkpoint, reader, ledger, places[layer.path], advance)
+                install_seconds += time.perf_counter() - started
+                experts[layer.path] = module
+                count(layer)
+                continue
+            if not isinstance(module, QuantizedLinear):
+                raise TypeError(f"{layer.path}: {type(module).__name__} holds no layer of a plan")
             needed = layer.file_bytes + sum(s.shape.out_features * s.shape.in_features for s in layer.segments)
             finish(workers.make_room(needed))
             started = time.perf_counter()
@@ -149,8 +174,14 @@ def load_layers(
             del read
         finish(workers.rest())
         kv_scales = {name: _handed(name, reader, ledger) for name in (plan.kv_cache.scales if plan.kv_cache else ())}
-    prepared = sum(buffer.nbytes for module in filled.values() for buffer in module.buffers())
-    return LoadedLayers(filled, LoadReport(total, read_seconds, install_seconds, prepared, kernels), kv_scales)
+    prepared = sum(b.nbytes for module in (*filled.values(), *experts.values()) for b in module.buffers())
+    return LoadedLayers(filled, experts, LoadReport(total, read_seconds, install_seconds, prepared, kernels), kv_scales)
+
+
+def new_module(layer: LayerPlan, plan: Plan, registry: Registry, schemes: SchemeCache) -> PreparedModule:
+    """Return the module that runs a quantized layer of a plan, without weights."""
+    kind = QuantizedLinear if layer.experts is None else QuantizedExperts
+    return kind(layer, plan, registry, schemes)
 
 
 def _workers(*, on_cpu: bool) -> Workers[_Installed]:
@@ -166,8 +197,10 @@ def refuse_unusable_kernels(plan: Plan, registry: Registry) -> None:
         PlanError: `QP-PLAN-PLATFORM` naming the kernel and why it refuses.
     """
     here = detect(registry, plan.platform.kind)
-    for name in dict.fromkeys(choice.kernel for decision in plan.decisions for choice in decision.choices):
-        refusal = probe(registry.kernel(name).item, here)
+    names = dict.fromkeys(choice.kernel for decision in plan.decisions for choice in decision.choices)
+    for name in names:
+        kernel: Kernel = registry.moe_kernels[name].item if name in registry.moe_kernels else registry.kernel(name).item
+        refusal = probe(kernel, here)
         if refusal is not None:
             raise PlanError(
                 "QP-PLAN-PLATFORM",
@@ -240,44 +273,3 @@ def _install(
     )
     module.install(read.segments, read.biases, device=device, sources=sources)
     return _Installed(layer, module, time.perf_counter() - started)
-
-
-def stored_tensors(modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, torch.Tensor]]:
-    """
-    Yield every stored tensor of loaded layers in checkpoint form, bit for bit, one at a time.
-
-    The bytes come from the source files as long as they are what was loaded, else from what the kernels hold. Layers
-    that were quantized while they were loaded are yielded as a conversion would write them.
-
-    Raises:
-        LoadError: `QP-LOAD-SOURCE` when neither is possible.
-    """
-    readers: dict[str, Checkpoint] = {}
-    for module in modules.values():
-        yield from _from_source(module, readers) if module.sources else module.encode().items()
-
-
-def _from_source(module: QuantizedLinear, opened: dict[str, Checkpoint]) -> Iterator[tuple[str, torch.Tensor]]:
-    from pathlib import Path
-
-    result: dict[str, torch.Tensor] = {}
-    try:
-        for source in module.sources:
-            directory = str(Path(source.file).parent)
-            if directory not in opened:
-                opened[directory] = open_checkpoint(Path(directory))
-            with TensorReader(opened[directory]) as reader:
-                tensor = reader.read(source.name)
-            if digest(tensor) != source.sha256:
-                raise CheckpointError("QP-ST-CHANGED", f"{source.file}: {source.name}", "its bytes are others now")
-            result[source.name] = tensor
-        result = module.in_checkpoint_form(result)
-    except CheckpointError as gone:
-        try:
-            result = module.encode()
-        except LoadError as error:
-            raise LoadError(
-                "QP-LOAD-SOURCE", module.path, f"{gone.where}: {gone.what}; and {error.what}",
-                expected="the source file as it was loaded, or a kernel that can unprepare", fix=error.fix,
-            ) from error  # fmt: skip
-    yield from result.items()

@@ -16,7 +16,7 @@ from quantplug.errors import ConfigError
 from quantplug.nearest import NameCollection
 from quantplug.readings import may_surprise, surprises
 from quantplug.ruleindex import RuleIndex
-from quantplug.skip import MAX_REPORTED, EntryUse, RuleReport, Ruling
+from quantplug.skip import MAX_REPORTED, SCHEMED, EntryUse, RuleReport, Ruling
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -55,13 +55,14 @@ class Matcher:
         """
         Return what a module gets, and why. A module is counted once, however often it is asked for.
 
-        Only linear modules are given schemes; for others the ruling names the rule that keeps them whole, if any.
+        Only linear modules and experts are given schemes; for others the ruling names the rule that keeps them whole,
+        if any.
 
         Args:
             module: the module; its shards are checkpoint paths.
             stored: paths of the modules that the checkpoint has tensors for (a set); a shard without tensors cannot
                 disagree. None means that all are there.
-            split: whether the shards of a linear module may come to different schemes, because the caller asks their
+            split: whether the shards of such a module may come to different schemes, because the caller asks their
                 tensors; the ruling then has one for each (`Ruling.split`).
 
         Raises:
@@ -74,15 +75,15 @@ class Matcher:
         if module.shards:
             shards = [shard for shard in module.shards if stored is None or shard in stored]
             if shards:
-                return self._decide_shards(module, own, shards, split and module.kind == "linear")
+                return self._decide_shards(module, own, shards, split and module.kind in SCHEMED)
         decider = own[0] if own else None
         self._count(module, own, own[:1])
-        if module.kind == "linear":
+        if module.kind in SCHEMED:
             ruling = self._plain.get(decider)
             if ruling is not None:
                 return ruling
         ruling = self._ruling(module, {module.name: decider})
-        if decider is not None and module.kind == "linear" and not may_surprise(self._rules[decider].entry):
+        if decider is not None and module.kind in SCHEMED and not may_surprise(self._rules[decider].entry):
             self._plain[decider] = ruling  # the same for every module that this rule decides
         return ruling
 
@@ -126,7 +127,7 @@ class Matcher:
         distinct = sorted({decider for decider in deciders.values() if decider is not None})
         rule = self._rules[distinct[0]] if distinct else None
         use = self._use(distinct[0] if distinct else None)
-        if module.kind != "linear":
+        if module.kind not in SCHEMED:
             return Ruling(None, rule if rule is not None and rule.use is None else None)
         shards: tuple[tuple[str, str], ...] = ()
         if len(set(deciders.values())) > 1:
@@ -165,7 +166,7 @@ class Matcher:
         self._names.add(module)
         for index in matched:
             self._matched[index] += 1
-        if module.kind == "linear":
+        if module.kind in SCHEMED:
             for index in deciding:
                 self._decided[index] += 1
 

@@ -4,80 +4,56 @@ The module that runs one quantized linear layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import torch
 
 from quantplug.asking import split
 from quantplug.errors import LoadError, QuantplugError, RunError
 from quantplug.evidence import DENSE_DTYPES, DENSE_SUFFIX
+from quantplug.preparedmodule import PreparedModule, named_tensors
 from quantplug.schemes import quantize_dense
+from quantplug.spec import LinearProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from quantplug.kernel import LinearKernel
     from quantplug.ledger import Ledger
-    from quantplug.plan import Choice, LayerPlan, Plan, Segment
+    from quantplug.plan import Choice, LayerPlan, Plan
+    from quantplug.preparedmodule import SourceTensor
     from quantplug.registry import Registry
     from quantplug.schemes import SchemeCache
-    from quantplug.spec import LinearProblem
     from quantplug.weight import ActivationParams, Prepared, Weight
 
-_POISON_BYTE = 0xA5
 
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """
-    Where the bytes of a loaded tensor are: enough to copy them again.
-
-    Attributes:
-        file: absolute path of the safetensors file.
-        name: tensor name in it.
-        sha256: digest of its bytes when they were read.
-    """
-
-    file: str
-    name: str
-    sha256: str
-
-
-class QuantizedLinear(torch.nn.Module):
+class QuantizedLinear(PreparedModule):
     """
     `y = x W^T + b` by the kernels that a plan chose.
 
     A loader calls `install` with the stored tensors. A framework that allocates parameters and fills them with its own
     loader calls `create_weights`, then `process_weights_after_loading`, both repeatable, and then the module itself
     (`apply`, the field's third method, already means something else on a torch module). Once prepared, the layer keeps
-    only what its kernel needs; it refuses to be moved or cast, because kernel layouts cannot follow.
+    only what its kernel needs.
     """
 
     def __init__(self, layer: LayerPlan, plan: Plan, registry: Registry, schemes: SchemeCache) -> None:
-        super().__init__()
+        super().__init__(layer)
         decision = plan.decision_of(layer)
-        if decision is None or layer.problem is None:
-            raise LoadError("QP-LOAD-PREPARE", layer.path, "the plan keeps this layer dense")
-        self.path = layer.path
+        if decision is None or not isinstance(layer.problem, LinearProblem):
+            raise LoadError("QP-LOAD-PREPARE", layer.path, "the plan has no quantized linear layer here")
         self.in_features = layer.problem.in_features
         self.out_features = layer.problem.out_features
-        self.sources: tuple[SourceTensor, ...] = ()
-        """Where its stored tensors came from; () when a framework's loader filled it."""
         self.activation: tuple[ActivationParams | None, ...] = ()
         """What the file stores about x, per segment; kept for saving, whether or not the kernel makes use of it."""
-        self._layer = layer
         self._problem: LinearProblem = layer.problem
         self._schemes = tuple(schemes.get(segment.scheme, segment.name) for segment in layer.segments)
         self._choices: tuple[tuple[Choice, LinearKernel], ...] = tuple(
             (choice, registry.kernel(choice.kernel).item) for choice in decision.choices
         )
-        self._dtype: torch.dtype = getattr(torch, layer.problem.dtype)
-        self._device: torch.device | None = None
         self._parts: tuple[Prepared, ...] = ()
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
         self._only: tuple[LinearKernel, Prepared, torch.Tensor | None] | None = None
-        self._ledger: Ledger | None = None
 
     @property
     def parameter_count(self) -> int:
@@ -212,44 +188,6 @@ class QuantizedLinear(torch.nn.Module):
         if len(parts) == len(self._choices) == 1:
             self._only = (self._choices[0][1], parts[0], biases[0])
 
-    def _allocate(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtypes: tuple[torch.dtype, ...],
-        other_shapes: tuple[tuple[int, ...], ...] = (),
-    ) -> None:
-        parameter = torch.nn.Parameter(_poisoned(shape, dtypes[0]), requires_grad=False)
-        # Engines look for this attribute on the parameter.
-        setattr(parameter, "weight_loader", self._loader(f"{self.path}.{name}", dtypes, other_shapes))  # noqa: B010
-        self.register_parameter(name, parameter)
-        if self._ledger is not None:
-            self._ledger.expect(f"{self.path}.{name}", shape)
-
-    def _loader(
-        self, name: str, dtypes: tuple[torch.dtype, ...], other_shapes: tuple[tuple[int, ...], ...]
-    ) -> Callable[..., None]:
-        untouched = True
-
-        def load(parameter: torch.nn.Parameter, tensor: torch.Tensor, start: tuple[int, ...] | None = None) -> None:
-            nonlocal untouched
-            if start is None and tuple(tensor.shape) in other_shapes:
-                tensor = tensor.reshape(parameter.shape)
-            start = (0,) * parameter.dim() if start is None else start
-            box = tuple((begin, begin + size) for begin, size in zip(start, tensor.shape, strict=True))
-            allowed = dtypes if untouched else (parameter.dtype,)
-            if tensor.dtype not in allowed:
-                expected = " or ".join(map(str, dict.fromkeys(allowed)))
-                raise LoadError("QP-LOAD-PREPARE", name, f"loaded as {tensor.dtype}", expected=expected)
-            if self._ledger is not None:
-                self._ledger.write(name, box)
-            if parameter.dtype != tensor.dtype:
-                parameter.data = _poisoned(tuple(parameter.shape), tensor.dtype, parameter.device)
-            untouched = False
-            parameter.data[tuple(slice(begin, end) for begin, end in box)] = tensor
-
-        return load
-
     def _attribute(self, suffix: str, number: int) -> str:
         return suffix if len(self._layer.segments) == 1 else f"{suffix}_{number}"
 
@@ -323,7 +261,7 @@ class QuantizedLinear(torch.nn.Module):
         for scheme, segment, weight, activation in zip(
             self._schemes, self._layer.segments, weights, self.activation, strict=True
         ):
-            result |= _named(segment, scheme.encode(weight, activation))
+            result |= named_tensors(segment, scheme.encode(weight, activation))
         sizes = [segment.shape.out_features for segment in self._layer.segments]
         whole = [bias for bias in self._part_biases if bias is not None]
         if whole:
@@ -336,7 +274,7 @@ class QuantizedLinear(torch.nn.Module):
         for scheme, segment in zip(self._schemes, self._layer.segments, strict=True):
             if segment.quantize:
                 weight = quantize_dense(scheme, result.pop(segment.tensors[0][1]), segment.name)
-                result |= _named(segment, scheme.encode(weight))
+                result |= named_tensors(segment, scheme.encode(weight))
         return result
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -344,36 +282,7 @@ class QuantizedLinear(torch.nn.Module):
         kernel = self._choices[0][1]
         return torch.cat([kernel.dequantize(part, dtype) for part in self._parts])
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        if self._parts:
-            before = torch.empty(0, dtype=self._dtype, device=self._device)
-            after: Any = fn(before)
-            if after.device != before.device or after.dtype != before.dtype:
-                raise RunError(
-                    "QP-RUN-MOVE", self.path, f"asked to become {after.dtype} on {after.device}",
-                    expected=f"{self._dtype} on {self._device}, as prepared",
-                    fix="Load the checkpoint again with the dtype and device you want.",
-                )  # fmt: skip
-            return self
-        torch.nn.Module._apply(self, fn, recurse)
-        return self
-
     def extra_repr(self) -> str:
         """Describe the layer in a model's printout."""
         kernels = ", ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
         return f"{self._layer.scheme}, in={self.in_features}, out={self.out_features}, kernel={kernels}"
-
-
-def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Return a tensor in which what is never written shows."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if dtype.is_floating_point:
-        return tensor.fill_(float("nan"))
-    tensor.view(torch.uint8).fill_(_POISON_BYTE)
-    return tensor
-
-
-def _named(segment: Segment, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return stored tensors by name; of those that a format may leave out, the ones that the source has."""
-    had = None if segment.quantize else dict(segment.tensors)
-    return {f"{segment.name}.{suffix}": tensor for suffix, tensor in stored.items() if had is None or suffix in had}

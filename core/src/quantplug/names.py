@@ -7,7 +7,9 @@ tied.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from quantplug.expertrules import ExpertRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Architecture:
         heads: dotted suffixes of module paths that are the output head, outside numbered layers; the first of them is
             tied to the vocabulary's embedding when the files have none and `tie_word_embeddings` is set.
         fused: (fused last name, shard last names) for engines that fuse, such as ("qkv_proj", ("q_proj", …)).
+        experts: how its routed experts are spelled.
+        extras: names of further tensors that linear modules of the family may own (a router's bias for the choice).
     """
 
     name: str
@@ -43,6 +47,8 @@ class Architecture:
         ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
         ("gate_up_proj", ("gate_proj", "up_proj")),
     )
+    experts: ExpertRules = field(default_factory=ExpertRules)
+    extras: tuple[str, ...] = ("e_score_correction_bias",)
 
 
 GENERIC = Architecture("generic")

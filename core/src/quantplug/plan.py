@@ -12,12 +12,14 @@ from typing import Literal
 
 from quantplug.config import Field
 from quantplug.errors import PlanError
+from quantplug.expertrules import ExpertLayer
 from quantplug.kernel import Verdict
+from quantplug.moe import MoEProblem
 from quantplug.platform import Platform
 from quantplug.skip import EntryUse, SchemeRef
 from quantplug.spec import ActivationSpec, LinearProblem, LinearShape
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Version of the JSON form; another version is refused."""
 
 
@@ -98,8 +100,9 @@ class LayerPlan:
 
     Attributes:
         path: module path in the engine.
-        kind: "linear", "embedding" or "other".
-        segments: stored shards, () when the module stays dense.
+        kind: "linear", "experts", "embedding" or "other".
+        segments: stored shards, () when the module stays dense. For experts every projection of every expert, expert by
+            expert; where they are stacked, every projection, with the shape of one expert's share.
         problem: what the kernel runs, None when dense.
         decision: index into `Plan.decisions`, None when dense.
         rule: the deciding entry in words ("-:.*lm_head (config.json: …)", "default", "evidence: …").
@@ -108,12 +111,13 @@ class LayerPlan:
         file_bytes: bytes of those tensors in the files.
         memory_bytes: estimated bytes once prepared.
         notes: what a reader should know.
+        experts: for that kind of module, what experts it has and how they are stored.
     """
 
     path: str
     kind: str
     segments: tuple[Segment, ...] = ()
-    problem: LinearProblem | None = None
+    problem: LinearProblem | MoEProblem | None = None
     decision: int | None = None
     rule: str = ""
     scheme: str = ""
@@ -121,6 +125,7 @@ class LayerPlan:
     file_bytes: int = 0
     memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    experts: ExpertLayer | None = None
 
     @property
     def quantized(self) -> bool:
@@ -250,4 +255,5 @@ def _choice_of(layer: LayerPlan, decision: Decision | None) -> list[object]:
         for s in layer.segments
     ]
     kernels = [[c.kernel, c.min_rows, c.max_rows] for c in decision.choices] if decision is not None else []
-    return [list(layer.tensors), segments, kernels]
+    experts = [] if layer.experts is None else [layer.experts.count, layer.experts.top_k, layer.experts.files.stacked]
+    return [list(layer.tensors), segments, kernels, experts]

@@ -85,6 +85,7 @@ def plan(
     if probe:
         probes = probe_kernels(registry, platform)
     stored = StoredModules(checkpoint)
+    stored.unstack(inventory)
     matcher = Matcher(config.rules, config.default)
     layers = LayerPlanner(
         config=config,

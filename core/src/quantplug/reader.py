@@ -54,24 +54,36 @@ class TensorReader:
             CheckpointError: `QP-ST-MISSING` when there is no such tensor, `QP-ST-CHANGED` when the file no longer holds
                 what its header said.
         """
+        header = self._header(name)
+        return self._read(header, header.shape, 0)
+
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        """Return `tensor[index]` of a tensor with at least one axis, reading nothing else of it; raises as `read`."""
+        header = self._header(name)
+        return self._read(header, header.shape[1:], index * (header.nbytes // header.shape[0]))
+
+    def _header(self, name: str) -> TensorHeader:
         header = self._checkpoint.tensors.get(name)
         if header is None:
             raise CheckpointError("QP-ST-MISSING", str(self._checkpoint.directory), f"has no tensor {name}")
-        tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
+        return header
+
+    def _read(self, header: TensorHeader, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=getattr(torch, header.dtype))
         try:
-            self._fill(raw_bytes(tensor), header)
+            self._fill(raw_bytes(tensor), header, offset)
         except OSError as error:
             raise self._changed(header, error.strerror or str(error)) from error
         return tensor
 
-    def _fill(self, target: memoryview, header: TensorHeader) -> None:
+    def _fill(self, target: memoryview, header: TensorHeader, offset: int) -> None:
         if header.file not in self._files:
             self._files[header.file] = os.open(self._checkpoint.directory / header.file, os.O_RDONLY | os.O_CLOEXEC)
-        done = 0
+        done, start = 0, header.start + offset
         while done < len(target):
-            count = os.preadv(self._files[header.file], [target[done:]], header.start + done)
+            count = os.preadv(self._files[header.file], [target[done:]], start + done)
             if count == 0:
-                raise self._changed(header, f"it ends at byte {header.start + done}")
+                raise self._changed(header, f"it ends at byte {start + done}")
             done += count
 
     def _changed(self, header: TensorHeader, what: str) -> CheckpointError:

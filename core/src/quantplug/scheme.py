@@ -5,6 +5,7 @@ The hook a format implements: what a file stores for one linear layer, and what 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
@@ -126,7 +127,17 @@ class LinearScheme(ABC):
 
     @abstractmethod
     def weight_spec(self) -> WeightSpec:
-        """Return the numeric contract that `decode` yields."""
+        """Return the numeric contract that `decode` yields, with the scale dtype that is usual; see `stored_spec`."""
+
+    @property
+    def scale_suffixes(self) -> frozenset[str]:
+        """Of the tensors it stores, the scales that `decode` hands over in whatever dtype they are stored."""
+        return frozenset()
+
+    def stored_spec(self, dtypes: Mapping[str, str]) -> WeightSpec:
+        """Return the contract that `decode` yields for tensors stored in these torch dtypes (`{suffix: name}`)."""
+        kept = [dtypes[suffix] for suffix in sorted(self.scale_suffixes) if suffix in dtypes]
+        return replace(self.weight_spec(), scale_dtype=kept[0]) if kept else self.weight_spec()
 
     def activation_spec(self) -> ActivationSpec | None:
         """Return the file's permission to quantize activations; None for weight-only formats."""

@@ -51,7 +51,7 @@ def select(
     Raises:
         PlanError: `QP-PLAN-PIN` when a pinned kernel refuses, `QP-PLAN-NOKERNEL` when all do; both carry every reason.
     """
-    kernels = _kernels_for(problem, registry)
+    kernels = kernels_for(problem, registry)
     candidates = sorted(
         (_ask(provided, problem, module, platform, policy, probes) for provided in kernels.values()),
         key=lambda candidate: _rank(candidate, kernels),
@@ -90,7 +90,8 @@ def describe_problem(problem: LinearProblem | MoEProblem) -> str:
     return f"[{problem.out_features}, {problem.in_features}] {kinds}, {problem.dtype}"
 
 
-def _kernels_for(problem: LinearProblem | MoEProblem, registry: Registry) -> Mapping[str, Provided[Kernel]]:
+def kernels_for(problem: LinearProblem | MoEProblem, registry: Registry) -> Mapping[str, Provided[Kernel]]:
+    """Return the kernels that can be asked about a problem, by name."""
     return registry.kernels if isinstance(problem, LinearProblem) else registry.moe_kernels
 
 

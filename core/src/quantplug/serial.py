@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantplug.config import Field
 from quantplug.errors import PlanError
+from quantplug.expertrules import Ending, ExpertFiles, ExpertLayer
 from quantplug.kernel import Accepted, Cast, Cost, Rejected
+from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.plan import PLAN_VERSION, Candidate, Choice, Decision, KVCachePlan, LayerPlan, LeftTensors, Plan, Segment
 from quantplug.platform import Platform
 from quantplug.skip import Entry, EntryUse, SchemeRef
@@ -38,7 +40,8 @@ _CLASSES: dict[str, type] = {
     for cls in (
         Plan, LayerPlan, Segment, Decision, Choice, Candidate, LeftTensors, KVCachePlan, Platform, Field, EntryUse,
         Entry, SchemeRef, Accepted, Rejected, Cost, Cast, LinearProblem, LinearShape, SegmentSpec, WeightSpec,
-        ActivationSpec, PerTensor, PerChannel, PerGroup, PerBlock,
+        ActivationSpec, PerTensor, PerChannel, PerGroup, PerBlock, MoEProblem, ExpertFunction, ExpertLayer, ExpertFiles,
+        Ending,
     )
 }  # fmt: skip
 

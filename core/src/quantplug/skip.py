@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MAX_REPORTED = 20
 """Unused entries that a report describes one by one."""
 
+SCHEMED = ("linear", "experts")
+"""Kinds of modules that a rule or a default gives a scheme."""
+
 
 class EntryKind(StrEnum):
     """How an entry's text is compared with a module's checkpoint path."""

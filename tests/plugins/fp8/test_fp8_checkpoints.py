@@ -13,7 +13,8 @@ from quantplug.errors import CheckpointError, ConfigError
 from quantplug.inventory import Inventory, ModuleInfo
 from quantplug.ledger import Ledger
 from quantplug.lint import lint
-from quantplug.load import load_layers, stored_tensors
+from quantplug.load import load_layers
+from quantplug.writeback import stored_tensors
 from quantplug.modules import QuantizedLinear
 from quantplug.plan import Plan
 from quantplug.planner import plan

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from quantplug.errors import CheckpointError, ConfigError
 from quantplug.inventory import Inventory, ModuleInfo
-from quantplug.load import load_layers, stored_tensors
+from quantplug.load import load_layers
+from quantplug.writeback import stored_tensors
 from quantplug.plan import Plan
 from quantplug.planner import plan
 from quantplug.plugins import build_registry

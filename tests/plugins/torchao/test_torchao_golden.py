@@ -9,7 +9,8 @@ import torch
 from torchao_files import CASES, REFERENCE, WITNESS, section, tensor, tensors, write
 
 import quantplug
-from quantplug.load import load_layers, stored_tensors
+from quantplug.load import load_layers
+from quantplug.writeback import stored_tensors
 
 SCHEMES = {
     "int8": "torchao int8 per channel sym",

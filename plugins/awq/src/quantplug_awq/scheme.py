@@ -78,6 +78,11 @@ class AWQScheme(LinearScheme):
         layout = "" if self.version == GEMM else f" {self.version}"
         return f"awq 4-bit {group} {'asym' if self.zero_point else 'sym'}{layout}"
 
+    @property
+    def scale_suffixes(self) -> frozenset[str]:
+        """Scales keep the dtype of the file."""
+        return frozenset({"scales"})
+
     def weight_spec(self) -> WeightSpec:
         """Return unsigned codes with zero points, or signed codes where all are the middle one."""
         granularity: Granularity = PerChannel() if self.group_size == -1 else PerGroup(self.group_size)

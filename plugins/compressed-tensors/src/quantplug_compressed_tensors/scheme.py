@@ -128,6 +128,11 @@ class PackScheme(LinearScheme):
             + (f", x {self.activation.describe()}" if self.activation else "")
         )
 
+    @property
+    def scale_suffixes(self) -> frozenset[str]:
+        """Scales keep the dtype of the file."""
+        return frozenset({"weight_scale"})
+
     def weight_spec(self) -> WeightSpec:
         """Return signed codes without zero points for symmetric files, unsigned codes with them otherwise."""
         element = ElementType.integer(self.bits, signed=self.symmetric)

@@ -104,6 +104,11 @@ class FP8Scheme(LinearScheme):
         shared += ", scales divide" if self.inverse else ""
         return f"fp8 {kind} {shared}" + (f", x {self.activation.describe()}" if self.activation else "")
 
+    @property
+    def scale_suffixes(self) -> frozenset[str]:
+        """Scales keep the dtype of the file, but divisors become reciprocals."""
+        return frozenset() if self.inverse else frozenset(self._stored_names()[0])
+
     def weight_spec(self) -> WeightSpec:
         """Return the codes as stored; scales are float32 unless a file has narrower ones."""
         return WeightSpec(self.element, self.granularity, _DTYPES[0])

@@ -87,6 +87,11 @@ class GPTQScheme(LinearScheme):
         version = " v2" if self.checkpoint_format == V2 else ""
         return f"gptq {self.bits}-bit {group} {'sym' if self.sym else 'asym'}{order}{version}"
 
+    @property
+    def scale_suffixes(self) -> frozenset[str]:
+        """Scales keep the dtype of the file."""
+        return frozenset({"scales"})
+
     def weight_spec(self) -> WeightSpec:
         """Return signed codes without zero points for symmetric files, unsigned codes with them otherwise."""
         granularity: Granularity = PerChannel() if self.group_size == -1 else PerGroup(self.group_size)

@@ -104,6 +104,11 @@ class Int8Scheme(LinearScheme):
             + (f", x {self.activation.describe()}" if self.activation else "")
         )
 
+    @property
+    def scale_suffixes(self) -> frozenset[str]:
+        """Scales keep the dtype of the file."""
+        return frozenset({self.scale_name})
+
     def weight_spec(self) -> WeightSpec:
         """Return signed codes without zero points for symmetric files, unsigned codes with them otherwise."""
         return WeightSpec(ElementType.integer(self.bits, signed=self.symmetric), self.granularity, _SCALES[0])

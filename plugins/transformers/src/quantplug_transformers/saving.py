@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantplug.load import stored_tensors
 from quantplug.modules import QuantizedLinear
+from quantplug.writeback import stored_tensors
 from quantplug_transformers.install import kv_scales_of, plan_of
 
 if TYPE_CHECKING:

@@ -1,0 +1,87 @@
+"""
+The kernel decisions of one plan: each distinct problem is put to everyone once.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from quantplug.kernel import Accepted
+from quantplug.select import kernels_for, select
+from quantplug.spec import LinearProblem, scale_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from quantplug.inventory import ModuleInfo
+    from quantplug.kernel import Rejected
+    from quantplug.moe import MoEProblem
+    from quantplug.plan import Decision
+    from quantplug.platform import Platform
+    from quantplug.policy import Policy
+    from quantplug.registry import Registry
+
+_SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e8m0fnu": 1, "float8_e4m3fn": 1}
+
+
+class Decider:
+    """Decides problems; equal ones under equal wishes are decided once."""
+
+    def __init__(
+        self, platform: Platform, policy: Policy, registry: Registry, probes: Mapping[str, Rejected | None]
+    ) -> None:
+        self._platform = platform
+        self._policy = policy
+        self._registry = registry
+        self._probes = probes
+        self._decided: dict[object, int] = {}
+        self.decisions: list[Decision] = []
+        """The distinct decisions so far."""
+        self.warnings: list[str] = []
+        """About layers that run on a kernel of the last resort."""
+
+    def decide(self, problem: LinearProblem | MoEProblem, module: ModuleInfo) -> int:
+        """
+        Return the number of the decision about a problem.
+
+        Raises:
+            PlanError: as `select`.
+        """
+        wishes = tuple(rule for rule in self._policy.rules if rule.concerns(module))
+        key = (problem, wishes)
+        if key not in self._decided:
+            decision = select(problem, module, self._platform, self._registry, self._policy, self._probes)
+            self._decided[key] = len(self.decisions)
+            self.decisions.append(decision)
+            self._warn_fallback(problem, module, decision)
+        return self._decided[key]
+
+    def memory(self, problem: LinearProblem | MoEProblem, decision: int) -> int:
+        """Return the estimated bytes of a layer once it is prepared."""
+        chosen = self.decisions[decision]
+        verdict = next(c.verdict for c in chosen.candidates if c.kernel == chosen.kernel)
+        extra = verdict.extra_bytes if isinstance(verdict, Accepted) else 0
+        if isinstance(problem, LinearProblem):
+            return _stored_bytes(problem) + extra
+        return problem.experts * (_stored_bytes(problem.first) + _stored_bytes(problem.second)) + extra
+
+    def _warn_fallback(self, problem: LinearProblem | MoEProblem, module: ModuleInfo, decision: Decision) -> None:
+        if kernels_for(problem, self._registry)[decision.kernel].item.traits.fallback:
+            others = "; ".join(
+                f"{c.kernel}: {c.verdict.reason}" for c in decision.candidates if not isinstance(c.verdict, Accepted)
+            )
+            self.warnings.append(
+                f"{module.path} and layers like it run on the slow {decision.kernel} kernel"
+                + (f" ({others})" if others else " (no other kernel is installed)")
+            )
+
+
+def _stored_bytes(problem: LinearProblem) -> int:
+    bits = sum(segment.out_features * problem.in_features * segment.weight.element.bits for segment in problem.segments)
+    shared = sum(
+        prod(scale_shape(segment.weight.granularity, segment.out_features, problem.in_features))
+        * (_SCALE_BYTES[segment.weight.scale_dtype] + segment.weight.zero_points)
+        for segment in problem.segments
+    )
+    return bits // 8 + shared

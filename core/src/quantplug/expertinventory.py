@@ -1,0 +1,135 @@
+"""
+The experts of a bare checkpoint as modules: one for each layer, with every projection of every expert among its shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from quantplug.errors import ConfigError
+from quantplug.evidence import BIAS_SUFFIX
+from quantplug.expertnames import ExpertIndex, stacked_files
+from quantplug.expertrules import ExpertLayer
+from quantplug.jsonio import describe_json
+from quantplug.sections import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from quantplug.evidence import StoredModules
+    from quantplug.expertrules import ExpertFiles, ExpertRules
+    from quantplug.jsonio import Json
+    from quantplug.moe import ExpertFunction, FunctionName
+
+_FUNCTIONS: Mapping[str, FunctionName] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""How config.json spells functions, as Transformers names them."""
+
+
+class ExpertContainers:
+    """
+    The containers of a checkpoint, and what config.json says about their experts.
+
+    Args:
+        stored: its tensors by module.
+        rules: how the family spells experts.
+        model_config: its config.json.
+    """
+
+    def __init__(self, stored: StoredModules, rules: ExpertRules, model_config: Mapping[str, Json]) -> None:
+        self._stored = stored
+        self._rules = rules
+        self._config = model_config
+        self._index = ExpertIndex(stored.paths, rules)
+        self._layers: dict[ExpertFiles, ExpertLayer] = {}
+
+    def place(self, path: str) -> str:
+        """Return the path of the module that a stored path belongs to: the container of an expert, else itself."""
+        container = self._index.container_of(path)
+        return path if container is None or self._index.files_of(container) is None else container
+
+    def layer(self, path: str) -> ExpertLayer | None:
+        """
+        Return the experts of a container; None for any other path, and where no rule says how they lie.
+
+        Raises:
+            ConfigError: `QP-CFG-FIELD` when config.json does not say what must be known.
+        """
+        files = self._index.files_of(path)
+        if files is None and path in self._index.stacked:
+            files = stacked_files(self._stored.tensors(path), self._rules)
+        if files is None:
+            return None
+        if files not in self._layers:
+            self._layers[files] = ExpertLayer(
+                self._number(self._rules.count, "how many experts a layer has"),
+                self._number(self._rules.top_k, "how many experts a row is sent to"),
+                replace(self._function(), gated=files.gated),
+                files,
+                self._rules.router_weight_on_input,
+            )
+        return self._layers[files]
+
+    def shards(self, path: str, layer: ExpertLayer) -> tuple[str, ...]:
+        """Return the path of every projection of every expert, expert by expert, stored or not."""
+        names = layer.files.projections
+        if layer.files.stacked:
+            return tuple(f"{path}.{name}" for name in names)
+        return tuple(f"{path}.{expert}.{name}" for expert in range(layer.count) for name in names)
+
+    def has_bias(self, path: str, layer: ExpertLayer) -> bool:
+        """Whether the first stored projection has a bias."""
+        if layer.files.stacked:
+            return any(
+                ending.suffix == BIAS_SUFFIX and name in self._stored.tensors(path)
+                for name, (_, ending) in layer.files.stacked_names.items()
+            )
+        return any(BIAS_SUFFIX in self._stored.tensors(shard) for shard in self.shards(path, layer))
+
+    def _number(self, keys: tuple[str, ...], what: str) -> int:
+        for part in self._parts():
+            for key in keys:
+                value = part.get(key)
+                if value is None:
+                    continue
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ConfigError(
+                        "QP-CFG-FIELD", f"{CONFIG_FILE}: {key}", f"is {describe_json(value)}",
+                        expected="a positive number",
+                    )  # fmt: skip
+                return value
+        raise ConfigError(
+            "QP-CFG-FIELD",
+            CONFIG_FILE,
+            f"does not say {what}, and the files hold experts",
+            expected=f"one of {', '.join(keys)}",
+            fix="Without it a missing expert could not be told from one that never was.",
+        )
+
+    def _function(self) -> ExpertFunction:
+        function, rules = self._rules.function, self._rules
+        for part in self._parts():
+            limit = part.get(rules.limit_field) if rules.limit_field else None
+            if isinstance(limit, (int, float)) and not isinstance(limit, bool):
+                function = replace(function, limit=float(limit))
+            value = part.get(rules.function_field) if rules.function_field else None
+            if value is None:
+                continue
+            if not isinstance(value, str) or value not in _FUNCTIONS:
+                raise ConfigError(
+                    "QP-CFG-FIELD", f"{CONFIG_FILE}: {rules.function_field}", f"is {describe_json(value)}",
+                    expected=f"one of {', '.join(_FUNCTIONS)}",
+                )  # fmt: skip
+            return replace(function, name=_FUNCTIONS[value])
+        return function
+
+    def _parts(self) -> list[Mapping[str, Json]]:
+        parts = (self._config, self._config.get("text_config"))
+        return [part for part in parts if isinstance(part, Mapping)]

@@ -1,0 +1,291 @@
+"""
+The module that runs the routed experts of one layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantplug.errors import LoadError, QuantplugError, RunError
+from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX
+from quantplug.moe import MoEProblem
+from quantplug.moescheme import MoEScheme
+from quantplug.preparedmodule import PreparedModule, named_tensors
+from quantplug.schemes import quantize_dense
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from quantplug.expertrules import ExpertFiles, ExpertLayer
+    from quantplug.expertweights import ExpertWeights, PreparedExperts
+    from quantplug.moekernel import MoEKernel
+    from quantplug.plan import Choice, LayerPlan, Plan, Segment
+    from quantplug.preparedmodule import SourceTensor
+    from quantplug.registry import Registry
+    from quantplug.schemes import SchemeCache
+    from quantplug.weight import ActivationParams, Weight
+
+
+class QuantizedExperts(PreparedModule):
+    """
+    The experts of one layer by the kernels that a plan chose.
+
+    A loader calls `install` with one expert's weights after the other. Once prepared, the module keeps only what its
+    kernel needs.
+    """
+
+    def __init__(self, layer: LayerPlan, plan: Plan, registry: Registry, schemes: SchemeCache) -> None:
+        super().__init__(layer)
+        decision = plan.decision_of(layer)
+        if decision is None or not isinstance(layer.problem, MoEProblem) or layer.experts is None:
+            raise LoadError("QP-LOAD-PREPARE", layer.path, "the plan has no quantized experts here")
+        self.problem = layer.problem
+        self._experts: ExpertLayer = layer.experts
+        self._schemes = tuple(schemes.get(segment.scheme, segment.name) for segment in layer.segments)
+        self._scheme = MoEScheme(layer.experts.files, layer.problem.w13, layer.problem.w2)
+        self._choices: tuple[tuple[Choice, MoEKernel], ...] = tuple(
+            (choice, registry.moe_kernel(choice.kernel).item) for choice in decision.choices
+        )
+        self._prepared: PreparedExperts | None = None
+        self._activation: dict[int, tuple[ActivationParams | None, ...]] = {}
+        self._as_stored = True
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights and biases, as dense experts of this size would have them."""
+        problem, parts = self.problem, len(self.problem.w13)
+        one = (parts + 1) * problem.hidden * problem.intermediate
+        one += parts * problem.intermediate + problem.hidden if problem.bias else 0
+        return problem.experts * one
+
+    @property
+    def files(self) -> ExpertFiles:
+        """How the experts are spelled in files."""
+        return self._experts.files
+
+    @property
+    def codes_per_expert(self) -> int:
+        """Codes of one expert, which is as many bytes in canonical form."""
+        return (len(self.problem.w13) + 1) * self.problem.hidden * self.problem.intermediate
+
+    def segments_of(self, expert: int) -> tuple[Segment, ...]:
+        """Return the stored projections of one expert."""
+        return self._layer.segments[self._places(expert)]
+
+    def _places(self, expert: int) -> slice:
+        """Where an expert's projections are among the segments: all of them, where they are stacked."""
+        count = len(self._experts.files.projections)
+        first = 0 if self._experts.files.stacked else expert * count
+        return slice(first, first + count)
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def decode(self, expert: int, stored: Sequence[Mapping[str, torch.Tensor]]) -> ExpertWeights:
+        """
+        Return one expert in canonical form.
+
+        Args:
+            expert: its number.
+            stored: the stored tensors of each projection by suffix, the bias among them.
+
+        Raises:
+            CheckpointError: `QP-ST-…` naming the projection, when values are not what the format allows.
+        """
+        weights: list[Weight] = []
+        activation: list[ActivationParams | None] = []
+        for scheme, tensors, segment in zip(
+            self._schemes[self._places(expert)], stored, self.segments_of(expert), strict=True
+        ):
+            where = f"{segment.name} of expert {expert}" if self._experts.files.stacked else segment.name
+            if segment.quantize:
+                weights.append(quantize_dense(scheme, tensors[DENSE_SUFFIX], where))
+                activation.append(None)
+            else:
+                own = {suffix: tensor for suffix, tensor in tensors.items() if suffix != BIAS_SUFFIX}
+                weights.append(scheme.decode(own, segment.shape, where))
+                activation.append(scheme.decode_activation(own, where))
+        self._activation[expert] = tuple(activation)
+        self._as_stored &= [weight.spec for weight in weights] == [*self.problem.w13, self.problem.w2]
+        biases = [tensors[BIAS_SUFFIX] for tensors in stored] if self.problem.bias else []
+        return self._scheme.expert(weights, activation, biases)
+
+    def install(
+        self,
+        experts: Iterable[ExpertWeights],
+        *,
+        device: torch.device | str = "cpu",
+        sources: tuple[SourceTensor, ...] = (),
+    ) -> None:
+        """
+        Prepare the experts for the chosen kernel.
+
+        A second call writes into the same memory, so that captured graphs stay valid.
+
+        Args:
+            experts: all of them in the order of their numbers, from `decode`, each when it is asked for.
+            device: where the layer will run.
+            sources: where the tensors came from.
+
+        Raises:
+            LoadError: `QP-LOAD-PREPARE` when the kernel fails.
+        """
+        kernel = self._choices[0][1]
+        try:
+            prepared = kernel.prepare(self.problem, experts, torch.device(device), self._prepared)
+        except QuantplugError:
+            raise
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            raise LoadError(
+                "QP-LOAD-PREPARE",
+                self.path,
+                f"kernel {kernel.name} accepted the experts and then failed: {type(error).__name__}: {error}",
+                fix=f'Report it to its maker; a policy with deny = ["{kernel.name}"] chooses another.',
+            ) from error
+        named = prepared.named_tensors()
+        for name, tensor in named.items():
+            self.register_buffer(f"prepared_{name.replace('.', '_')}", tensor, persistent=False)
+        # Asked for as "cuda", a tensor lies on "cuda:0"; what x is compared with is where the tensors lie.
+        self._device = next(iter(named.values())).device
+        self._prepared = prepared
+        self.sources = sources
+
+    @property
+    def prepared(self) -> bool:
+        """Whether there are weights, which a second `install` overwrites."""
+        return self._prepared is not None
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Return y `[..., H]` for x `[..., H]` of the planned dtype on the layer's device.
+
+        Args:
+            x: rows; the leading axes are those of the router's answers.
+            topk_weights: `[..., T]`, the router's weights, used as they are.
+            topk_ids: integer `[..., T]`; an id outside 0 … E-1 belongs to no expert here and adds nothing.
+            expert_map: integer `[E_global]`, the local number of every expert or -1; ids are global then.
+
+        Raises:
+            RunError: `QP-RUN-STATE`, `QP-RUN-SHAPE`, `QP-RUN-DTYPE`, `QP-RUN-DEVICE`.
+        """
+        if self._prepared is None:
+            raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
+        self._check(x, topk_weights, topk_ids)
+        rows, chosen = x.reshape(-1, self.problem.hidden), topk_ids.reshape(-1, self.problem.top_k)
+        kernel = self._kernel_for(len(rows))
+        weights = topk_weights.reshape(-1, self.problem.top_k).to(torch.float32)
+        if not kernel.traits.graph_safe and torch.compiler.is_compiling():
+            y: torch.Tensor = _uncompiled(kernel, rows, weights, chosen, self._prepared, expert_map)
+        else:
+            y = kernel.apply(rows, weights, chosen, self._prepared, expert_map)
+        return y.view(x.shape)
+
+    def _kernel_for(self, rows: int) -> MoEKernel:
+        for choice, kernel in self._choices:
+            if choice.max_rows is None or rows <= choice.max_rows:
+                return kernel
+        return self._choices[-1][1]
+
+    def _check(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+        if x.shape[-1] != self.problem.hidden:
+            raise RunError("QP-RUN-SHAPE", self.path, f"x is {list(x.shape)}", expected=f"[..., {self.problem.hidden}]")
+        wanted = (*x.shape[:-1], self.problem.top_k)
+        for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids)):
+            if tuple(tensor.shape) != wanted:
+                raise RunError(
+                    "QP-RUN-SHAPE",
+                    self.path,
+                    f"{name} is {list(tensor.shape)}",
+                    expected=f"{list(wanted)}, as x has it",
+                )
+        if x.dtype != self._dtype or topk_ids.dtype not in (torch.int32, torch.int64):
+            raise RunError(
+                "QP-RUN-DTYPE", self.path, f"x is {x.dtype}, topk_ids {topk_ids.dtype}",
+                expected=f"x in {self._dtype}, topk_ids in int32 or int64",
+                fix="Cast them, or load with another dtype.",
+            )  # fmt: skip
+        if {x.device, topk_weights.device, topk_ids.device} != {self._device}:
+            raise RunError(
+                "QP-RUN-DEVICE", self.path,
+                f"x lies on {x.device}, topk_weights on {topk_weights.device}, topk_ids on {topk_ids.device}",
+                expected=f"all on {self._device}",
+            )  # fmt: skip
+
+    # -- the way back ------------------------------------------------------------------------------------------------
+
+    def dequantize(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the float32 values that one expert multiplies with, `[I or 2I, H]` (gate, then up) and `[H, I]`."""
+        if self._prepared is None:
+            raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
+        return self._choices[0][1].dequantize(self._prepared, expert)
+
+    def encode(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """
+        Yield the stored tensors by name, from what the kernel holds.
+
+        Raises:
+            LoadError: `QP-LOAD-SOURCE` when the kernel has no way back, or what it holds is not what was stored:
+                projections that were joined, scales that were repeated, biases in another dtype.
+        """
+        files, prepared = self._experts.files, self._prepared
+        if prepared is None or files.joined or files.stacked or self.problem.bias or not self._as_stored:
+            raise self._no_way_back("these experts are kept in another form than they are stored in")
+        for expert in range(self.problem.experts):
+            try:
+                held = self._choices[0][1].unprepare(prepared, expert)
+            except NotImplementedError as error:
+                raise self._no_way_back(str(error)) from error
+            weights = (*held.w13, held.w2)
+            schemes = self._schemes[self._places(expert)]
+            for segment, scheme, weight, activation in zip(
+                self.segments_of(expert), schemes, weights, self._activation[expert], strict=True
+            ):
+                yield from named_tensors(segment, scheme.encode(weight, activation)).items()
+
+    def _no_way_back(self, what: str) -> LoadError:
+        return LoadError(
+            "QP-LOAD-SOURCE", self.path, what, expected="the source file, or a kernel that can unprepare",
+            fix="Keep the checkpoint directory where it was, or load with another kernel.",
+        )  # fmt: skip
+
+    def in_checkpoint_form(self, read: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what was read from the source as a quantized checkpoint holds it; what is dense is quantized anew."""
+        dense = {
+            segment.tensors[0][1]: (segment, scheme)
+            for segment, scheme in zip(self._layer.segments, self._schemes, strict=True)
+            if segment.quantize
+        }
+        for name, tensor in read.items():
+            if name not in dense:
+                yield name, tensor
+                continue
+            segment, scheme = dense[name]
+            weight = quantize_dense(scheme, tensor, segment.name)
+            yield from ((f"{segment.name}.{suffix}", stored) for suffix, stored in scheme.encode(weight).items())
+
+    def extra_repr(self) -> str:
+        """Describe the layer in a model's printout."""
+        kernels = ", ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
+        return f"{self._layer.scheme}, {self.problem.describe()}, kernel={kernels}"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
+def _uncompiled(
+    kernel: MoEKernel,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    prepared: PreparedExperts,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run a kernel whose calls depend on the router's answer outside of a compiled graph."""
+    return kernel.apply(x, topk_weights, topk_ids, prepared, expert_map)
