@@ -76,6 +76,11 @@ def check_that_bits_are_kept(kind: str, codes: str, dtype: str, seed: int) -> No
         assert scales.dtype == torch.float16
 
 
+def test_the_largest_float16_is_found_where_a_shorter_number_lies_above_it() -> None:
+    """65504 and 65536 give the same bfloat16 weights; only one of them is a float16."""
+    check_that_bits_are_kept("float16", "all", "bfloat16", 691)
+
+
 @settings(max_examples=5, deadline=None)
 @ANY_GRID
 @example(kind="float16", codes="all", dtype="bfloat16", seed=0)

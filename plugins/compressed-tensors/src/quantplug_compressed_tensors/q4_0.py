@@ -78,7 +78,7 @@ def _solve(stored: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     for magnitude in _MAGNITUDES:
         rows = _plausible(quotients, tolerance, ~small & (merit < _BEST), magnitude)
         if len(rows):
-            offer(rows, _fit(stored[rows], peaks[rows], magnitude))
+            offer(rows, _fit(stored[rows], peaks[rows], magnitude, torch.finfo(dtype).max))
     return codes, scales
 
 
@@ -123,10 +123,10 @@ def _plausible(quotients: torch.Tensor, tolerance: torch.Tensor, among: torch.Te
 
 
 def _fit(
-    stored: torch.Tensor, peaks: torch.Tensor, magnitude: int
+    stored: torch.Tensor, peaks: torch.Tensor, magnitude: int, largest: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Look for scales with which the largest weight's code has that magnitude.
+    Look for scales with which the largest weight's code has that magnitude, not above `largest` where that is possible.
 
     Returns:
         Codes `[B, 32]`, scales `[B]`, whether they give every value back, and whether the signs of zeros, too.
@@ -145,7 +145,8 @@ def _fit(
     def settle(least: torch.Tensor, most: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
         """Return the simplest scales that lie in all intervals of a block, where there are any."""
         most = torch.where(coded[rows], most, float("inf"))
-        scales = simplest(least.amax(1), most.amin(1))
+        lowest, highest = least.amax(1), most.amin(1)
+        scales = simplest(lowest, torch.where(lowest <= largest, highest.clamp(max=largest), highest))
         return torch.where(negative[rows], -scales, scales)
 
     # Quotients may miss the last scale allowed by a bit; only where that matters are the limits found exactly.
