@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for quantized weights, compiled at run time."""

@@ -1,0 +1,92 @@
+"""
+A prepared layer, part by part.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantplug_marlin.choice import REPRESENTATIVE_ROWS, choose
+from quantplug_marlin.device import function, target_of
+from quantplug_marlin.form import Form, form_of
+from quantplug_marlin.launch import dequantize as dequantize_part
+from quantplug_marlin.launch import linear
+from quantplug_marlin.slots import Slots
+from quantplug_marlin.unpack import canonical
+
+if TYPE_CHECKING:
+    from quantplug.weight import Prepared
+
+_NAMES = ("codes", "scales", "zeros", "factor", "columns")
+
+
+def form_of_part(prepared: Prepared, number: int) -> Form:
+    """Return the stored form of a part."""
+    problem, meta = prepared.problem, prepared.meta
+    slots = Slots(meta[f"width.{number}"], meta[f"groups.{number}"], problem.in_features)
+    return form_of(problem.segments[0].weight, problem.dtype, slots)
+
+
+def build(prepared: Prepared) -> None:
+    """Have every kernel compiled and loaded that a product with this layer may need, so that no call compiles."""
+    device = prepared.tensors["codes.0"].device.index
+    target, wanted = target_of(device), {}
+    for number in range(prepared.meta["parts"]):
+        form = form_of_part(prepared, number)
+        tiles, chunks, _ = prepared.tensors[f"codes.{number}"].shape
+        for rows in REPRESENTATIVE_ROWS:
+            cut = choose(form, tiles, chunks, rows, target)
+            definitions = {**form.definitions(), **cut.definitions()}
+            wanted["multiply.cu", tuple(definitions.items())] = ("multiply", cut.shared_bytes(form))
+            if cut.splits > 1:
+                wanted["shares.cu", tuple(form.definitions().items())] = ("add_shares", 0)
+    wanted["gather.cu", ()] = ("gather", 0)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(function, file, name, dict(definitions), shared, device)
+            for (file, definitions), (name, shared) in wanted.items()
+        ]
+        for job in jobs:
+            job.result()
+
+
+def apply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return `[..., N]` for x `[..., K]`."""
+    meta, tensors = prepared.meta, prepared.tensors
+    flat = x.reshape(-1, x.shape[-1])
+    results, first = [], 0
+    for number in range(meta["parts"]):
+        rows = meta[f"rows.{number}"]
+        results.append(
+            linear(
+                flat,
+                *(tensors.get(f"{name}.{number}") for name in _NAMES),
+                None if bias is None else bias[first : first + rows],
+                rows,
+                meta[f"form.{number}"],
+            )
+        )
+        first += rows
+    y = results[0] if len(results) == 1 else torch.cat(results, dim=1)
+    return y.view(*x.shape[:-1], prepared.problem.out_features)
+
+
+def dequantize(prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values `[N, K]`."""
+    if prepared.tensors["codes.0"].device.type != "cuda":
+        return torch.cat([weight.dequantize(dtype) for weight in canonical(prepared)])
+    parts = [
+        dequantize_part(
+            *(prepared.tensors.get(f"{name}.{number}") for name in _NAMES),
+            prepared.meta[f"rows.{number}"],
+            prepared.problem.in_features,
+            prepared.meta[f"form.{number}"],
+            prepared.problem.dtype == "float16",
+            dtype,
+        )
+        for number in range(prepared.meta["parts"])
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,320 @@
+// y [M, N] = x [M, K] W^T for the layout that prepare.py describes.
+//
+// Weights are the first operand of each matrix instruction, x is the second: 16 outputs x 8 rows of x at a time. WARPS_N
+// warps side by side share x; WARPS_K such groups take turns at the chunks of 64 inputs, and their sums are added in
+// shared memory; SHARES blocks (a cluster, or gridDim.z blocks whose sums another kernel adds) share the chunks, too.
+// Every sum is added up in one fixed order.
+//
+// Set by the host, beside what codes.cuh names: TILES (of 16 outputs per warp), TOKENS (rows of x per block, a multiple of
+// 8), WARPS_N, WARPS_K, DEPTH (chunks under way), SHARES, BLOCKS (per multiprocessor), SUBS (scales per chunk and output:
+// 0, 1, 2 or 4), PER_GROUP (such parts of a chunk per group), SCALE_BYTES (2 or 4), SCALE_HALF, WARPGROUP (wgmma takes
+// the place of mma).
+
+#include "codes.cuh"
+#include "memory.cuh"
+
+#define THREADS (32 * WARPS_N * WARPS_K)
+#define GROUP_THREADS (32 * WARPS_N)
+#define ROW_TILES (TOKENS / 8)
+#define ITEMS (TILES * ROW_TILES) /* pieces of 16 outputs x 8 rows per warp */
+
+#define CODE_STAGE (TILES * UNIT_BYTES)
+#define SCALE_STAGE (TILES * SUBS * 16 * SCALE_BYTES)
+#define ZERO_STAGE (ZEROS ? TILES * SUBS * 16 : 0)
+#define WARP_STAGE (CODE_STAGE + SCALE_STAGE + ZERO_STAGE)
+#define X_STAGE (TOKENS * 128)
+#define X_RING (DEPTH * X_STAGE)
+#define RING_BYTES (WARPS_K * X_RING + WARPS_N * WARPS_K * DEPTH * WARP_STAGE)
+#define SUM_BYTES (WARPS_N * ITEMS * 512)
+// wgmma reads x and registers on its own, so the stage before last is free one chunk later.
+#define AHEAD (WARPGROUP ? DEPTH - 2 : DEPTH - 1)
+
+struct Args {
+    const u8* x;
+    const u8* codes;
+    const u8* scales;
+    const u8* zeros;
+    const float* factor;
+    const u16* bias;
+    u16* y;
+    float* shares;
+    long long x_stride;  // bytes from one row of x to the next
+    int rows, outputs, inputs, tiles, chunks, groups;
+};
+
+struct Place {
+    int lane, warp_n, warp_k;
+    int tile;   // the first of this warp
+    int row;    // the first of this block
+    int share;  // of the chunks
+    u32 x_ring, warp_ring;
+};
+
+__device__ __forceinline__ void meet_group(int warp_k) {
+#if WARPS_N == 1
+    __syncwarp();
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + warp_k), "n"(GROUP_THREADS) : "memory");
+#endif
+}
+
+__device__ __forceinline__ int tile_within(const Args& args, int tile) {
+    return tile < args.tiles ? tile : args.tiles - 1;  // outputs beyond the last tile are computed and not stored
+}
+
+__device__ __forceinline__ void copy_weights(const Args& args, const Place& at, int stage, int chunk, u64 policy) {
+    const u32 to = at.warp_ring + stage * WARP_STAGE;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        const size_t unit = (size_t)tile_within(args, at.tile + tile) * args.chunks + chunk;
+#pragma unroll
+        for (int part = 0; part < UNIT_BYTES; part += 512) {
+            const u32 offset = part + at.lane * 16;
+            copy_stream(to + tile * UNIT_BYTES + offset, args.codes + unit * UNIT_BYTES + offset, policy);
+        }
+    }
+#if SUBS
+    constexpr int PER_SCALE = SCALE_BYTES, SCALES = TILES * SUBS * PER_SCALE, PIECES = SCALES + ZERO_STAGE / 16;
+#pragma unroll
+    for (int base = 0; base < PIECES; base += 32) {
+        const int piece = base + at.lane;
+        const bool zero = piece >= SCALES;
+        const int place = zero ? piece - SCALES : piece / PER_SCALE;  // tile * SUBS + part of the chunk
+        const int last = args.groups - 1, wanted = (chunk * SUBS + place % SUBS) / PER_GROUP;
+        const int tile = tile_within(args, at.tile + place / SUBS);
+        const size_t group = (size_t)tile * args.groups + (wanted < last ? wanted : last);
+        const u8* from = zero ? args.zeros + group * 16
+                              : args.scales + (group * PER_SCALE + piece % PER_SCALE) * 16;
+        if (piece < PIECES) copy_stream(to + CODE_STAGE + piece * 16, from, policy);
+    }
+#endif
+}
+
+// Rows of 64 inputs, 128 bytes; their 16-byte pieces change places so that eight rows are read without conflicts.
+__device__ __forceinline__ void copy_x(const Args& args, const Place& at, int stage, int chunk) {
+    const u32 to = at.x_ring + stage * X_STAGE;
+    const int thread = at.warp_n * 32 + at.lane;
+#pragma unroll
+    for (int base = 0; base < TOKENS * 8; base += GROUP_THREADS) {
+        const int piece = base + thread, row = piece >> 3, column = piece & 7;
+        const int input = chunk * 64 + column * 8;
+        const bool inside = at.row + row < args.rows && input < args.inputs;
+        const u8* from = inside ? args.x + (at.row + row) * args.x_stride + input * 2 : args.x;
+        if (TOKENS * 8 % GROUP_THREADS == 0 || piece < TOKENS * 8)
+            copy_filled(to + row * 128 + ((column ^ (row & 7)) << 4), from, inside ? 16 : 0);
+    }
+}
+
+// The same by way of registers, for the first stages: copies of weights are under way then, and none of them has to be
+// waited for before the products begin.
+__device__ __forceinline__ void fetch_x(const Args& args, const Place& at, int begin, int end) {
+    constexpr int PIECES = (TOKENS * 8 + GROUP_THREADS - 1) / GROUP_THREADS;
+    const int thread = at.warp_n * 32 + at.lane;
+    uint4 values[AHEAD][PIECES];
+#pragma unroll
+    for (int stage = 0; stage < AHEAD; ++stage)
+#pragma unroll
+        for (int turn = 0; turn < PIECES; ++turn) {
+            const int piece = turn * GROUP_THREADS + thread, row = piece >> 3;
+            const int chunk = begin + stage * WARPS_K, input = chunk * 64 + (piece & 7) * 8;
+            const bool inside = row < TOKENS && at.row + row < args.rows && chunk < end && input < args.inputs;
+            const u8* from = args.x + (at.row + row) * args.x_stride + input * 2;
+            values[stage][turn] = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+    for (int stage = 0; stage < AHEAD; ++stage)
+#pragma unroll
+        for (int turn = 0; turn < PIECES; ++turn) {
+            const int piece = turn * GROUP_THREADS + thread, row = piece >> 3;
+            const u32 to = at.x_ring + stage * X_STAGE + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
+            if (row < TOKENS) store_shared(to, values[stage][turn]);
+        }
+}
+
+// Scales and negated zeros of one tile and part of a chunk, for outputs g and g + 8 of this lane.
+struct Scale {
+    float upper, lower;
+    u32 zero_upper, zero_lower;
+};
+
+__device__ __forceinline__ Scale read_scale(const Place& at, int stage, int place) {
+    Scale scale = {1.0f, 1.0f, LIFT | SIGN | MIDDLE * 0x00010001u, LIFT | SIGN | MIDDLE * 0x00010001u};
+#if SUBS
+    const u32 from = at.warp_ring + stage * WARP_STAGE + CODE_STAGE;
+    const int g = at.lane >> 2;
+#if SCALE_BYTES == 4
+    const float2 pair = load_shared<float2>(from + place * 64 + g * 8);
+    scale.upper = pair.x, scale.lower = pair.y;
+#else
+    const u32 pair = load_shared<u32>(from + place * 32 + g * 4);
+    scale.upper = to_float((u16)pair, SCALE_HALF), scale.lower = to_float((u16)(pair >> 16), SCALE_HALF);
+#endif
+#if ZEROS
+    const u32 zeros = load_shared<u16>(from + SCALE_STAGE + place * 16 + g * 2);
+    scale.zero_upper = negated_zero(zeros & 255), scale.zero_lower = negated_zero(zeros >> 8);
+#endif
+#endif
+    return scale;
+}
+
+__device__ __forceinline__ void scale_sums(float* sums, float* part, int count, const Scale& scale) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        sums[i] = fmaf(part[i], scale.upper, sums[i]);
+        sums[i + 1] = fmaf(part[i + 1], scale.upper, sums[i + 1]);
+        sums[i + 2] = fmaf(part[i + 2], scale.lower, sums[i + 2]);
+        sums[i + 3] = fmaf(part[i + 3], scale.lower, sums[i + 3]);
+    }
+}
+
+__device__ __forceinline__ void read_codes(const Place& at, int stage, int tile, u32 (&words)[4 * STEP_WORDS]) {
+    const u32 from = at.warp_ring + stage * WARP_STAGE + tile * UNIT_BYTES + at.lane * 16;
+#pragma unroll
+    for (int part = 0; part < STEP_WORDS; ++part) {
+        const uint4 four = load_shared<uint4>(from + part * 512);
+        words[part * 4] = four.x, words[part * 4 + 1] = four.y, words[part * 4 + 2] = four.z, words[part * 4 + 3] = four.w;
+    }
+}
+
+#if WARPGROUP
+#include "warpgroup.cuh"
+#else
+#include "warp.cuh"
+#endif
+
+// Zero points of weights that have one group only; they hold for all chunks.
+__device__ __forceinline__ void read_fixed_zeros(const Args& args, const Place& at, u32 (&fixed)[TILES][2]) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#if ZEROS && !SUBS
+        const u16 zeros = *(const u16*)(args.zeros + tile_within(args, at.tile + tile) * 16 + (at.lane >> 2) * 2);
+        fixed[tile][0] = negated_zero(zeros & 255), fixed[tile][1] = negated_zero(zeros >> 8);
+#else
+        fixed[tile][0] = fixed[tile][1] = LIFT | SIGN | MIDDLE * 0x00010001u;
+#endif
+    }
+}
+
+__device__ __forceinline__ void store(const Args& args, int row, int output, float value) {
+    if (row >= args.rows || output >= args.outputs) return;
+#if SHARES == 1
+    if (args.shares != nullptr) {
+        args.shares[((size_t)blockIdx.z * args.rows + row) * args.outputs + output] = value;
+        return;
+    }
+#endif
+    if (args.factor != nullptr) value *= args.factor[output];
+    if (args.bias != nullptr) value += to_float(args.bias[output], HALF);
+    args.y[(size_t)row * args.outputs + output] = from_float(value, HALF);
+}
+
+__device__ __forceinline__ void store_item(const Args& args, const Place& at, int item, float4 sum) {
+    const int output = (at.tile + item / ROW_TILES) * 16 + (at.lane >> 2);
+    const int row = at.row + item % ROW_TILES * 8 + (at.lane & 3) * 2;
+    store(args, row, output, sum.x);
+    store(args, row + 1, output, sum.y);
+    store(args, row, output + 8, sum.z);
+    store(args, row + 1, output + 8, sum.w);
+}
+
+__device__ __forceinline__ float4 add(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// Add up what the groups of warps have summed, and store it, or what the blocks of a cluster have.
+__device__ __forceinline__ void finish(const Args& args, const Place& at, const float (&sums)[TILES][ROW_TILES * 4], u8* memory) {
+    float4* const parts = (float4*)memory;  // [WARPS_K, WARPS_N, ITEMS, 32]
+    const int mine = (at.warp_n * ITEMS) * 32 + at.lane, stride = WARPS_N * ITEMS * 32;
+    wait_copies<0>();
+    __syncthreads();
+#if WARPS_K > 1 || SHARES > 1
+#pragma unroll
+    for (int item = 0; item < ITEMS; ++item) {
+        const float* four = &sums[item / ROW_TILES][item % ROW_TILES * 4];
+        parts[at.warp_k * stride + mine + item * 32] = make_float4(four[0], four[1], four[2], four[3]);
+    }
+    __syncthreads();
+    float4* const whole = parts + (WARPS_K > 1 ? WARPS_K * stride : 0);
+#pragma unroll
+    for (int item = at.warp_k; item < ITEMS; item += WARPS_K) {
+        float4 sum = parts[mine + item * 32];
+#pragma unroll
+        for (int k = 1; k < WARPS_K; ++k) sum = add(sum, parts[k * stride + mine + item * 32]);
+#if SHARES > 1
+        if (WARPS_K > 1) whole[mine + item * 32] = sum;
+#else
+        store_item(args, at, item, sum);
+#endif
+    }
+#if SHARES > 1
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#pragma unroll 1
+    for (int item = at.share + SHARES * at.warp_k; item < ITEMS; item += SHARES * WARPS_K) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int share = 0; share < SHARES; ++share) {
+            u32 from;
+            float4 other;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(from) : "r"(shared_address(whole + mine + item * 32)), "r"(share));
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(other.x), "=f"(other.y), "=f"(other.z), "=f"(other.w)
+                         : "r"(from));
+            sum = add(sum, other);
+        }
+        store_item(args, at, item, sum);
+    }
+    // No block may leave while another still reads its memory.
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+#else
+#pragma unroll
+    for (int item = 0; item < ITEMS; ++item) {
+        const float* four = &sums[item / ROW_TILES][item % ROW_TILES * 4];
+        store_item(args, at, item, make_float4(four[0], four[1], four[2], four[3]));
+    }
+#endif
+}
+
+extern "C" __global__ void
+#if SHARES > 1
+__cluster_dims__(SHARES, 1, 1)
+#endif
+__launch_bounds__(THREADS, BLOCKS) multiply(const __grid_constant__ Args args) {
+    extern __shared__ __align__(1024) u8 memory[];
+    const int warp = threadIdx.x / 32;
+    const int shares = SHARES > 1 ? SHARES : gridDim.z;
+    Place at;
+    at.lane = threadIdx.x & 31;
+    at.warp_n = warp % WARPS_N;
+    at.warp_k = warp / WARPS_N;
+    at.tile = (blockIdx.x / SHARES * WARPS_N + at.warp_n) * TILES;
+    at.row = blockIdx.y * TOKENS;
+    at.share = SHARES > 1 ? blockIdx.x % SHARES : blockIdx.z;
+    at.x_ring = shared_address(memory) + at.warp_k * X_RING;
+    at.warp_ring = shared_address(memory) + WARPS_K * X_RING + warp * DEPTH * WARP_STAGE;
+
+    const int begin = (int)((long long)args.chunks * at.share / shares) + at.warp_k;
+    const int end = (int)((long long)args.chunks * (at.share + 1) / shares);
+    const u64 policy = read_once();
+
+    // Weights do not depend on what ran before; x may.
+#pragma unroll
+    for (int stage = 0; stage < AHEAD; ++stage) {
+        const int chunk = begin + stage * WARPS_K;
+        if (chunk < end) copy_weights(args, at, stage, chunk, policy);
+        commit_copies();
+    }
+    wait_for_earlier_kernels();
+    fetch_x(args, at, begin, end);
+    let_later_kernels_start();
+    u32 fixed[TILES][2];
+    read_fixed_zeros(args, at, fixed);
+    float sums[TILES][ROW_TILES * 4];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < ROW_TILES * 4; ++i) sums[tile][i] = 0.0f;
+
+    run(args, at, begin, end, policy, fixed, sums);
+    finish(args, at, sums, memory);
+}

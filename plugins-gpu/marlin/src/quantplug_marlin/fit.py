@@ -1,0 +1,129 @@
+"""
+What the kernel takes, what it refuses, and what it costs: known without a GPU and without a compiler.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from quantplug.kernel import Accepted, Cost, Rejected, Verdict
+from quantplug.spec import ElementType, PerGroup, scale_shape
+from quantplug_marlin.form import HELD_SCALES, SCALE_BYTES, form_of
+from quantplug_marlin.slots import STEP, arrange, group_sizes
+
+if TYPE_CHECKING:
+    from quantplug.platform import Platform
+    from quantplug.spec import LinearProblem
+    from quantplug_marlin.slots import Slots
+
+DTYPES = ("bfloat16", "float16")
+
+_STORED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_OLDEST, _NEWEST_RUN = (8, 0), (9, 0)
+_TILE = 16
+_MOST_SLOTS = 4
+"""Slots per input from which on so many are empty that the layout makes no sense."""
+
+# One H100: bytes per microsecond of a stream of weights, products of a weight and a row per microsecond, and a call.
+_BYTES_PER_US = 2.6e6
+_PRODUCTS_PER_US = 2.0e8
+_CALL_US = 3.0
+
+
+def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
+    """Return whether the kernel runs a problem on a platform, and at what cost."""
+    refusal = _refuse_place(problem, platform) or _refuse_weight(problem)
+    if refusal is not None:
+        return refusal
+    weight, k, n = problem.segments[0].weight, problem.in_features, problem.out_features
+    sizes = group_sizes(weight.granularity, k)
+    slots = arrange(sizes, apart=weight.global_scale)
+    if slots.count > _MOST_SLOTS * k + 64:
+        return Rejected(
+            "granularity", f"groups of {max(sizes)} inputs would be filled up to {slots.width}", f"groups of {STEP}"
+        )
+    held = _bytes_of(problem, slots)
+    return Accepted(
+        Cost(_CALL_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
+        extra_bytes=max(0, held - _entitled_bytes(problem)),
+        notes=_notes(problem, platform, slots),
+    )
+
+
+def version_of(platform: Platform) -> tuple[int, ...]:
+    """Return the compute capability, () where it was not said."""
+    return tuple(int(part) for part in platform.arch.split(".") if part.isdecimal())
+
+
+def _notes(problem: LinearProblem, platform: Platform, slots: Slots) -> tuple[str, ...]:
+    weight, k = problem.segments[0].weight, problem.in_features
+    notes = ["x is gathered in the order of groups"] if weight.act_order else []
+    if slots.count >= k + 64:
+        notes.append(f"empty slots: {k} inputs are laid out as {slots.count}")
+    if version_of(platform)[:1] > _NEWEST_RUN[:1]:
+        notes.append(f"compute capability {platform.arch}: not run on hardware")
+    return tuple(notes)
+
+
+def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
+    """Return the bytes of what `prepare` yields; act-order is taken to fill every group equally."""
+    weight, k = problem.segments[0].weight, problem.in_features
+    form = form_of(weight, problem.dtype, slots)
+    apart = weight.act_order
+    parts = [[s.out_features] for s in problem.segments] if apart else [[s.out_features for s in problem.segments]]
+    moved = slots.width and (weight.act_order or slots.width != group_sizes(weight.granularity, k)[0])
+    total = 0
+    for part in parts:
+        tiles = -(-sum(part) // _TILE)
+        total += tiles * _TILE * slots.count * form.bits // 8
+        if slots.width:
+            total += tiles * _TILE * slots.groups * (SCALE_BYTES[form.scale] + form.zeros)
+        else:
+            total += tiles * _TILE * form.zeros
+        total += 0 if slots.width and not weight.global_scale else 4 * sum(part)
+        total += 4 * slots.count if moved else 0
+    return total
+
+
+def _entitled_bytes(problem: LinearProblem) -> int:
+    """Return the bytes of codes, scales and zero points at the width that the file has them in."""
+    total = 0
+    for segment in problem.segments:
+        weight, n, k = segment.weight, segment.out_features, problem.in_features
+        per_scale = _STORED_BYTES.get(weight.scale_dtype, 1) + weight.zero_points
+        total += -(-n * k * weight.element.bits // 8) + prod(scale_shape(weight.granularity, n, k)) * per_scale
+        total += 4 * k if weight.act_order else 0
+    return total
+
+
+def _refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
+    if platform.kind != "cuda":
+        return Rejected("platform", f"runs on cuda, not on {platform}")
+    if platform.arch.startswith("gfx"):
+        return Rejected("arch", f"{platform.arch} is an AMD GPU, and the kernels are CUDA C++", "triton.wna16")
+    version = version_of(platform)
+    if version and version < _OLDEST:
+        return Rejected("arch", f"compute capability {platform.arch}", "8.0 or newer")
+    if problem.dtype not in DTYPES:
+        return Rejected("dtype", f"activation dtype {problem.dtype}", f"use one of {', '.join(DTYPES)}")
+    return None
+
+
+def _refuse_weight(problem: LinearProblem) -> Rejected | None:
+    if not problem.uniform:
+        kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
+        return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")
+    weight = problem.segments[0].weight
+    if weight.element is ElementType.FLOAT8_E5M2FNUZ and problem.dtype == "float16":
+        # Its highest exponent is that of float16's infinities.
+        return Rejected("element", f"codes are {weight.element}, whose largest are infinite in float16", "bfloat16")
+    if weight.scale_dtype not in HELD_SCALES:
+        return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(HELD_SCALES)}")
+    sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
+    for name, size in sizes:
+        if size < 1:
+            return Rejected("shape", f"{name} is {size}", "at least 1")
+    if isinstance(weight.granularity, PerGroup) and weight.granularity.size < 1:
+        return Rejected("granularity", f"group size {weight.granularity.size}", "at least 1")
+    return None

@@ -1,0 +1,157 @@
+"""The CUDA C++ kernel where it lives: in graphs, on two streams, through the compiler, and cut as other devices cut it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
+from quantplug.weight import Prepared, Weight
+from quantplug_testkit.bounds import linear_bound
+from quantplug_testkit.canonical import make_weight, segment_of, to_float64
+from quantplug_testkit.compare import assert_bitwise_equal, assert_within
+from quantplug_testkit.oracles.linear import linear
+
+if not torch.cuda.is_available() or torch.version.hip:
+    pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False here", allow_module_level=True)
+
+from quantplug_marlin import launch
+from quantplug_marlin.calls import form_of_part
+from quantplug_marlin.cut import Cut
+from quantplug_marlin.device import target_of
+from quantplug_marlin.kernel import MarlinKernel
+
+KERNEL = MarlinKernel()
+N, K = 1040, 1088
+SPECS = {
+    "int4": WeightSpec(ElementType.INT4, PerGroup(64)),
+    "uint4 act-order": WeightSpec(ElementType.UINT4, PerGroup(64), act_order=True),
+    "mxfp8": WeightSpec(ElementType.FLOAT8_E4M3FN, PerGroup(32), "float8_e8m0fnu"),
+}
+
+
+def layer(name: str, dtype: str = "bfloat16") -> tuple[Prepared, Weight]:
+    spec = SPECS[name]
+    weight = make_weight(spec, N, K, np.random.default_rng(0))
+    problem = LinearProblem(K, (SegmentSpec(N, spec),), dtype)
+    return KERNEL.prepare(problem, [weight], [None], torch.device("cuda")), weight
+
+
+def inputs(rows: int) -> torch.Tensor:
+    return torch.randn(rows, K, dtype=torch.bfloat16, device="cuda")
+
+
+def check(x: torch.Tensor, y: torch.Tensor, weight: Weight, what: str) -> None:
+    segment, rows = segment_of(weight), to_float64(x)
+    bound = linear_bound(rows, [segment], None, "bfloat16")
+    assert_within(y, linear(rows, segment.values()), bound, what)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", [1, 16, 33, 130])
+def test_a_graph_gives_what_plain_calls_give_also_for_other_inputs(name: str, rows: int) -> None:
+    prepared, weight = layer(name)
+    x = inputs(rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = KERNEL.apply(x, prepared, None)
+    for _ in range(3):
+        x.copy_(inputs(rows))
+        graph.replay()
+        check(x, y, weight, f"{name}, {rows} rows, replayed")
+        assert_bitwise_equal(y, KERNEL.apply(x, prepared, None), "the same without a graph")
+
+
+def test_two_streams_at_once_do_not_disturb_each_other() -> None:
+    prepared, _ = layer("int4")
+    for rows in (1, 40):
+        given = [inputs(rows) for _ in range(2)]
+        wanted = [KERNEL.apply(x, prepared, None) for x in given]
+        streams = [torch.cuda.Stream() for _ in given]
+        torch.cuda.synchronize()
+        results: list[list[torch.Tensor]] = [[], []]
+        for _ in range(100):
+            for number, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    results[number].append(KERNEL.apply(given[number], prepared, None))
+        torch.cuda.synchronize()
+        for number, found in enumerate(results):
+            assert all(torch.equal(y, wanted[number]) for y in found)
+
+
+def test_a_chain_of_layers_reads_what_the_one_before_has_written() -> None:
+    """Kernels overlap: each may begin before the one ahead of it has finished, and must wait before it reads x."""
+    spec = SPECS["int4"]
+    weights = [make_weight(spec, K, K, np.random.default_rng(seed)) for seed in range(6)]
+    problem = LinearProblem(K, (SegmentSpec(K, spec),), "bfloat16")
+    layers = [KERNEL.prepare(problem, [weight], [None], torch.device("cuda")) for weight in weights]
+    for rows in (1, 16, 64):
+        x = inputs(rows)
+        apart = x
+        for prepared in layers:
+            apart = KERNEL.apply(apart, prepared, None)
+            torch.cuda.synchronize()
+        for _ in range(20):
+            y = x
+            for prepared in layers:
+                y = KERNEL.apply(y, prepared, None)
+            assert_bitwise_equal(y, apart, f"six layers, {rows} rows")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_operators_keep_torchs_rules(name: str) -> None:
+    prepared, _ = layer(name)
+    weight = [prepared.tensors.get(f"{part}.0") for part in ("codes", "scales", "zeros", "factor", "columns")]
+    form = prepared.meta["form.0"]
+    torch.library.opcheck(torch.ops.quantplug_marlin.linear.default, (inputs(3), *weight, None, N, form))
+    torch.library.opcheck(torch.ops.quantplug_marlin.dequantize.default, (*weight, N, K, form, False, torch.bfloat16))
+
+
+def test_the_compiler_sees_one_operator() -> None:
+    prepared, _ = layer("int4")
+    x = inputs(3)
+    compiled = torch.compile(lambda given: KERNEL.apply(given, prepared, None), fullgraph=True)
+    assert torch.equal(compiled(x), KERNEL.apply(x, prepared, None))
+
+
+CUTS = (
+    Cut(2, 8, 1, 16, 4),
+    Cut(4, 16, 2, 4, 3, shares=2),
+    Cut(2, 64, 4, 2, 4),
+    Cut(2, 64, 4, 2, 4, splits=3),
+    Cut(1, 16, 1, 4, 2, splits=5),
+    *(
+        Cut(1, tokens, warps_n, warps_k, 5, shares=shares, warpgroup=True)
+        for tokens, warps_n, warps_k, shares in ((32, 8, 1, 8), (64, 4, 2, 2), (128, 8, 1, 4), (64, 4, 4, 1))
+    ),
+)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("name", ["int4", "mxfp8"])
+def test_every_way_to_cut_a_product_gives_it(name: str, cut: Cut) -> None:
+    """Those, too, that this device would not choose."""
+    if (cut.warpgroup and not target_of(0).warpgroups) or (cut.shares > 1 and not target_of(0).clusters):
+        pytest.skip("needs compute capability 9.0")
+    prepared, weight = layer(name)
+    form = form_of_part(prepared, 0)
+    codes, scales = prepared.tensors["codes.0"], prepared.tensors["scales.0"]
+    stream = torch.cuda.current_stream().cuda_stream
+    for rows in (1, 7, 65):
+        way = launch.way(form, cut, N, codes.shape[0], codes.shape[1], rows, 0, stream)
+        x, y = inputs(rows), torch.full((rows, N), torch.nan, dtype=torch.bfloat16, device="cuda")
+        launch.run(way, x, codes, scales, None, None, None, y)
+        check(x, y, weight, f"{cut}, {rows} rows")
+
+
+def test_nothing_is_compiled_by_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, _ = layer("int4")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("compiled by a call")
+
+    monkeypatch.setattr("quantplug_marlin.device.cubin", refuse)
+    monkeypatch.setattr(launch, "_ways", {})
+    for rows in (1, 8, 9, 17, 33, 64, 65, 128, 200, 1000):
+        KERNEL.apply(inputs(rows), prepared, None)

@@ -1,0 +1,99 @@
+"""NVIDIA's compiler takes the sources for each architecture, without a GPU; and cuts fit into its memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from quantplug.spec import ElementType
+from quantplug_marlin.choice import REPRESENTATIVE_ROWS, choose
+from quantplug_marlin.compiler import CompileError, compiler
+from quantplug_marlin.cut import Cut
+from quantplug_marlin.device import Target, options_for
+from quantplug_marlin.form import Form
+from quantplug_marlin.source import source_of
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is installed on Linux only")
+
+INT4 = Form(ElementType.INT4, half=False, scale="float16", parts=1, per_group=2)
+FEW, MANY = Cut(2, 8, 1, 16, 4), Cut(2, 64, 4, 2, 4)
+GROUP = Cut(1, 64, 8, 1, 5, shares=4, warpgroup=True)
+
+
+class Machine(NamedTuple):
+    name: str
+    target: Target
+
+
+MACHINES = (
+    Machine("A100", Target((8, 0), 108, 163 << 10)),
+    Machine("A10", Target((8, 6), 72, 99 << 10)),
+    Machine("H100", Target((9, 0), 132, 227 << 10)),
+    Machine("B200", Target((10, 0), 148, 227 << 10)),
+    Machine("5090", Target((12, 0), 170, 99 << 10)),
+)
+
+
+def code(file: str, definitions: dict[str, int], architecture: str) -> bytes:
+    return compiler().compile(source_of(file, definitions), options_for(architecture))
+
+
+@pytest.mark.parametrize(("cut", "architecture"), [(FEW, "sm_80"), (GROUP, "sm_90a")], ids=["few rows", "warpgroups"])
+def test_the_product_compiles(cut, architecture):
+    assert code("multiply.cu", {**INT4.definitions(), **cut.definitions()}, architecture)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("file", ["gather.cu", "shares.cu", "dense.cu"])
+def test_what_surrounds_the_product_compiles(file):
+    assert code(file, {**INT4.definitions(), "OUT": 2}, "sm_80")[:4] == b"\x7fELF"
+
+
+def test_a_refused_source_shows_the_compilers_words():
+    with pytest.raises(CompileError, match="nonsense"):
+        compiler().compile("nonsense", options_for("sm_80"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("element", ElementType)
+def test_every_form_compiles(element, architecture):
+    for half in (False, True):
+        for scale, parts, per_group in (("", 0, 1), ("float16", 1, 2), ("bfloat16", 2, 1), ("float32", 4, 3)):
+            form = Form(element, half, scale, parts, per_group)
+            for cut in (FEW, MANY, *([GROUP] if architecture == "sm_90a" else [])):
+                assert code("multiply.cu", {**form.definitions(), **cut.definitions()}, architecture)
+            assert code("dense.cu", {**form.definitions(), "OUT": int(half)}, architecture)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+def test_every_choice_fits_into_shared_memory_and_covers_the_product(machine):
+    forms = (
+        INT4,
+        Form(ElementType.FLOAT8_E4M3FN, half=False, scale="bfloat16", parts=2, per_group=1),
+        Form(ElementType.UINT8, half=True, scale="float32", parts=4, per_group=1),
+        Form(ElementType.INT8, half=False, scale="", parts=0, per_group=1),
+    )
+    for form in forms:
+        for n, k in ((4096, 4096), (28672, 4096), (4096, 14336), (576, 576), (16, 64), (151936, 2048)):
+            for rows in (*REPRESENTATIVE_ROWS, 8192):
+                cut = choose(form, n // 16, k // 64, rows, machine.target)
+                across, down, splits = cut.grid(n // 16, rows)
+                about = f"{machine.name} {form} {n}x{k} {rows} rows: {cut}"
+                assert cut.shared_bytes(form) <= machine.target.shared_bytes, about
+                assert cut.threads <= 1024, about
+                assert across // cut.shares * cut.tiles * cut.warps_n * 16 >= n, about
+                assert down * cut.tokens >= rows, about
+                assert 1 <= splits * cut.shares <= max(1, k // 64), about
+                assert not cut.warpgroup or machine.name == "H100", about
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+def test_all_rows_get_a_kernel_that_was_built_ahead(machine):
+    """A call that compiled could not be captured in a graph."""
+    for n, k in ((4096, 4096), (28672, 4096), (576, 576)):
+        built = {
+            choose(INT4, n // 16, k // 64, rows, machine.target)._replace(splits=1) for rows in REPRESENTATIVE_ROWS
+        }
+        for rows in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 100, 127, 129, 200, 512, 1000, 8192):
+            assert choose(INT4, n // 16, k // 64, rows, machine.target)._replace(splits=1) in built, rows
