@@ -11,11 +11,11 @@ weights that are n units apart may cost n times that.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+from tests.witness.experts import by_expert, is_expert
 from tests.witness.held import ROOM, our_model, reference_only, ulps
 
 from quantplug.load import LoadedLayers, load_layers
@@ -25,40 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-ONE = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
-ALL = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
-
-
-def by_expert(decoded: Mapping[str, torch.Tensor], interleaved: bool) -> dict[str, dict[int, dict[str, torch.Tensor]]]:
-    """
-    Return what a tool decoded by container, expert and projection ("gate_proj", "up_proj", "down_proj").
-
-    Args:
-        decoded: tensors by name in the file.
-        interleaved: whether stacked experts are gpt-oss': `[in, out]`, gates in even columns.
-    """
-    found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
-    for name, tensor in decoded.items():
-        if match := ONE.fullmatch(name):
-            experts = found.setdefault(match[1], {})
-            experts.setdefault(int(match[2]), {})[PROJECTIONS.get(match[3], match[3])] = tensor
-        elif match := ALL.fullmatch(name):
-            for expert, whole in enumerate(tensor):
-                rows = whole.T if interleaved else whole
-                halves = (rows[0::2], rows[1::2]) if interleaved else rows.chunk(2)
-                parts = {"gate_proj": halves[0], "up_proj": halves[1]}
-                if match[2] == "down_proj":
-                    parts = {"down_proj": rows}
-                found.setdefault(match[1], {}).setdefault(expert, {}).update(parts)
-    return found
-
 
 def pairs(
     loaded: LoadedLayers, decoded: Mapping[str, torch.Tensor], interleaved: bool
 ) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor | None]]:
     """Yield (name, our values, the tool's values); None where one of them has a module whole."""
-    of_tool = by_expert(decoded, interleaved)
+    of_tool = by_expert(decoded, interleaved=interleaved)
     for path in dict.fromkeys((*of_tool, *loaded.experts)):
         module, experts = loaded.experts.get(path), of_tool.get(path, {})
         if module is None or len(experts) != module.problem.experts:
@@ -72,11 +44,6 @@ def pairs(
     for path in dict.fromkeys((*linear, *loaded.modules)):
         ours = loaded.modules[path].dequantize(torch.float32) if path in loaded.modules else None
         yield path, ours, linear.get(path)
-
-
-def is_expert(name: str) -> bool:
-    """Whether a tensor belongs to routed experts."""
-    return bool(ONE.fullmatch(name) or ALL.fullmatch(name))
 
 
 def compare_moe(root: Path, name: str) -> dict[str, Any]:

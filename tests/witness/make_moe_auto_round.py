@@ -46,6 +46,13 @@ SPECS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "moe-ar-gemma4-autoround-w4g64": ("gemma4", "auto_round", "W4A16", W4),
 }
 
+SMALL_ASYM = {"group_size": 32, "sym": False}
+SPECS |= {
+    "small-ar-qwen3-awq-w4g32-asym": ("qwen3-moe-small", "auto_awq", "W4A16", SMALL_ASYM),
+    "small-ar-qwen3-autoround-w4g32-asym": ("qwen3-moe-small", "auto_round", "W4A16", SMALL_ASYM),
+}
+"""As above, in models small enough to be kept with the tests."""
+
 
 def quantize(dense: Path, target: Path, form: str, scheme: str, arguments: dict[str, Any]) -> None:
     """Write one checkpoint; auto-round adds a folder of its own naming, which is taken away."""

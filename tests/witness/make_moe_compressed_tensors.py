@@ -92,6 +92,19 @@ SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "moe-ct-gemma4-nvfp4a16": ("gemma4", "rtn", {"scheme": "NVFP4A16"}),
 }
 
+G32_ASYM = {"config_groups": {"group_0": group({**W4, "group_size": 32, "symmetric": False})}}
+SPECS |= {
+    "small-ct-qwen3-w4a16-asym-g32": ("qwen3-moe-small", "rtn", G32_ASYM),
+    "small-ct-qwen3-w8a8-int8": ("qwen3-moe-small", "rtn", {"scheme": "W8A8"}),
+    "small-ct-qwen3-fp8-block": ("qwen3-moe-small", "rtn", {"scheme": "FP8_BLOCK"}),
+    "small-ct-qwen3-mxfp8": ("qwen3-moe-small", "rtn", {"scheme": "MXFP8"}),
+    "small-ct-qwen3-nvfp4": ("qwen3-moe-small", "rtn+data", {"scheme": "NVFP4"}),
+    "small-ct-mixtral-w4a16-g32": ("mixtral-small", "rtn", GROUP_32),
+    "small-ct-gpt-oss-mxfp4a16": ("gpt-oss-small", "rtn", {"scheme": "MXFP4A16"}),
+    "small-ct-gemma4-w4a16-g32": ("gemma4-small", "rtn", GROUP_32),
+}
+"""As above, in models small enough to be kept with the tests."""
+
 
 def quantize(dense: Path, target: Path, how: str, arguments: dict[str, Any]) -> None:
     """Write one checkpoint the way llm-compressor's examples for mixtures of experts do."""

@@ -52,6 +52,13 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "moe-gq-qwen3-fp8-block128": ("qwen3-moe", {**FP8, "weight_block_size": [128, 128]}),
 }
 
+SMALL = {"bits": 4, "group_size": 32}
+SPECS |= {
+    "small-gq-qwen3-w4g32-actorder": ("qwen3-moe-small", {**SMALL, "sym": True, "desc_act": True}),
+    "small-gq-mixtral-w4g32-asym": ("mixtral-small", {**SMALL, "sym": False, "desc_act": False}),
+}
+"""As above, in models small enough to be kept with the tests."""
+
 
 def quantize(dense: Path, target: Path, arguments: dict[str, Any]) -> None:
     """Write one checkpoint the way GPTQModel's examples do."""

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from moe_common import record, stored
-from moe_models import EXPERTS
 from safetensors.torch import load_file, save_file
 
 BLOCK = 16
@@ -58,7 +57,12 @@ SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "moe-hf-qwen3-fp8-released": ("qwen3-moe", "released", {"of": "moe-hf-qwen3-fp8-block128"}),
     "moe-hf-mixtral-fp8-released": ("mixtral", "released", {"of": "moe-hf-mixtral-fp8-block128"}),
     "moe-hf-deepseek-v3-fp8-released": ("deepseek-v3", "released", {"of": "moe-hf-deepseek-v3-fp8-block32"}),
-    "moe-hf-gpt-oss-mxfp4": ("gpt-oss", "mxfp4", {}),
+    "moe-hf-gpt-oss-mxfp4": ("gpt-oss", "mxfp4", {"of": "moe-ct-gpt-oss-mxfp4a16"}),
+    # In models small enough to be kept with the tests.
+    "small-hf-qwen3-fp8-block32-stacked": ("qwen3-moe-small", "in memory", {"weight_block_size": (32, 32)}),
+    "small-hf-mixtral-fp8-block32": ("mixtral-small", "original", {"weight_block_size": (32, 32)}),
+    "small-hf-mixtral-fp8-released": ("mixtral-small", "released", {"of": "small-hf-mixtral-fp8-block32"}),
+    "small-hf-gpt-oss-mxfp4": ("gpt-oss-small", "mxfp4", {"of": "small-ct-gpt-oss-mxfp4a16"}),
 }
 
 
@@ -75,10 +79,10 @@ def quantize(dense: Path, target: Path, how: str, arguments: dict[str, Any]) -> 
     AutoTokenizer.from_pretrained(dense).save_pretrained(target)
 
 
-def lay_out(out: Path, target: Path) -> None:
+def lay_out(source: Path, dense: Path, target: Path) -> None:
     """Write gpt-oss in MXFP4 from the bytes of compressed-tensors."""
-    bytes_of = stored(out / "ckpt" / "moe-ct-gpt-oss-mxfp4a16")
-    dense = out / "ckpt" / "dense-moe-gpt-oss"
+    bytes_of = stored(source)
+    count = json.loads((dense / "config.json").read_text())["num_local_experts"]
     state = {
         name: tensor
         for name, tensor in load_file(dense / "model.safetensors").items()
@@ -87,7 +91,7 @@ def lay_out(out: Path, target: Path) -> None:
     for prefix in sorted({name.partition(".experts.")[0] for name in bytes_of if ".experts." in name}):
         for part, suffix in (("weight_packed", "blocks"), ("weight_scale", "scales")):
             rows = {
-                projection: torch.stack([bytes_of[f"{prefix}.experts.{e}.{projection}.{part}"] for e in range(EXPERTS)])
+                projection: torch.stack([bytes_of[f"{prefix}.experts.{e}.{projection}.{part}"] for e in range(count)])
                 for projection in ("gate_proj", "up_proj", "down_proj")
             }
             both = torch.stack([rows["gate_proj"], rows["up_proj"]], 2).flatten(1, 2)
@@ -193,7 +197,7 @@ def make(out: Path, partial: Path, family: str, how: str, arguments: dict[str, A
     from transformers import FineGrainedFP8Config, Mxfp4Config
 
     if how == "mxfp4":
-        lay_out(out, partial)
+        lay_out(out / "ckpt" / arguments["of"], out / "ckpt" / f"dense-moe-{family}", partial)
         names = [name for name in stored(partial) if name.endswith("_blocks")]
         return loaded(partial, Mxfp4Config(dequantize=True), [name.removesuffix("_blocks") for name in names])
     if how == "released":

@@ -56,7 +56,7 @@ def modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tenso
 
 def dense_name(name: str, family: str) -> str:
     """Return what a tensor is called in the dense checkpoint of its family."""
-    if family != "mixtral":
+    if not family.startswith("mixtral"):
         return name
     name = re.sub(r"\.mlp\.(experts|gate)\.", r".block_sparse_moe.\1.", name)
     return re.sub(r"(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.", lambda m: m[1] + MIXTRAL[m[2]] + ".", name)
@@ -64,7 +64,7 @@ def dense_name(name: str, family: str) -> str:
 
 def stacked(tensors: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
     """Return the tensors with the experts stacked where the dense file of the family has them stacked."""
-    if family not in ("gemma4", "gpt-oss"):
+    if not family.startswith(("gemma4", "gpt-oss")):
         return tensors
     pattern = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
     parts: dict[tuple[str, str], dict[str, dict[int, torch.Tensor]]] = {}
@@ -77,7 +77,7 @@ def stacked(tensors: dict[str, torch.Tensor], family: str) -> dict[str, torch.Te
     for (prefix, suffix), projections in parts.items():
         whole = {key: torch.stack([rows[i] for i in range(len(rows))]) for key, rows in projections.items()}
         both = [whole["gate_proj"], whole["up_proj"]]
-        if family == "gemma4":
+        if family.startswith("gemma4"):
             kept[f"{prefix}.gate_up_proj"], kept[f"{prefix}.down_proj"] = torch.cat(both, 1), whole["down_proj"]
         else:
             turned = suffix == "weight"  # [experts, in, out], gates in even columns and the others in odd ones

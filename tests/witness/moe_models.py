@@ -118,6 +118,26 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+FEW = 3
+OWN_SMALL: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {"head_dim": 32, "moe_intermediate_size": 32, "num_experts": FEW},
+    "mixtral": {"head_dim": 32, "intermediate_size": 32, "num_local_experts": FEW},
+    "gpt-oss": {"head_dim": 32, "intermediate_size": 32, "num_local_experts": FEW},
+    "gemma4": {
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 32,
+        "num_experts": FEW,
+        "layer_types": ["full_attention"],
+    },
+}
+"""What else says that a model is small enough to be kept with the tests: hidden 64, one layer, three experts of 32."""
+
+FAMILIES |= {f"{f}-small": (*FAMILIES[f][:2], {**FAMILIES[f][2], **SMALL, **own}) for f, own in OWN_SMALL.items()}
+
+
 def filled(name: str, like: torch.Tensor, generator: torch.Generator, inputs: int = -1) -> torch.Tensor:
     """Return random values like a tensor: near one for norms and scalars, small for biases, else scaled by an axis."""
     values = torch.randn(like.shape, generator=generator, dtype=torch.float32)
@@ -166,7 +186,7 @@ def write(family: str, target: Path) -> None:
     generator = torch.Generator().manual_seed(len(family) * 1000 + ord(family[0]))
     with torch.no_grad():
         for name, tensor in sorted({**dict(model.named_parameters()), **persistent(model)}.items()):
-            transposed = family == "gpt-oss" and tensor.ndim == 3  # its experts are [experts, in, out]
+            transposed = family.startswith("gpt-oss") and tensor.ndim == 3  # its experts are [experts, in, out]
             tensor.copy_(filled(name, tensor, generator, -2 if transposed else -1))
     model.tie_weights()
     model.save_pretrained(target)
