@@ -20,6 +20,7 @@ from quantplug.spec import (
     WeightSpec,
 )
 from quantplug_cublas.kernel import CublasKernel
+from quantplug_testkit.conformance import LinearKernelConformance
 
 KERNEL = CublasKernel()
 WEIGHT = WeightSpec(ElementType.FLOAT8_E4M3FN, PerChannel(), "float32")
@@ -76,7 +77,7 @@ def test_blocks_are_for_hopper_and_filled_up():
         (asked(replace(WEIGHT, scale_dtype="float8_e8m0fnu")), "cuda", "dtype", "float8_e8m0fnu"),
         (asked(replace(WEIGHT, global_scale=True)), "cuda", "dtype", "a global scale"),
         (asked(replace(WEIGHT, granularity=PerGroup(128))), "cuda", "granularity", "group 128"),
-        (asked(replace(WEIGHT, granularity=PerBlock(64, 128)), GROUP), "cuda", "granularity", "block 64x128"),
+        (asked(replace(WEIGHT, granularity=PerBlock(64, 128)), GROUP), "cuda", "granularity", "blocks of 64 x 128"),
         (asked(k=0), "cuda", "shape", "in_features is 0"),
         (asked(n=0), "cuda", "shape", "out_features is 0"),
         (asked(activation="none"), "cuda", "activation", "none"),
@@ -112,3 +113,11 @@ def test_the_kernel_is_found_by_its_entry_point():
     from quantplug.plugins import registry
 
     assert registry().kernel("cublas.w8a8").plugin == "quantplug-cublas"
+
+
+def test_verdicts_keep_the_contract_on_every_question():
+    tests = LinearKernelConformance()
+    tests.kernel, tests.platform = KERNEL, Platform.parse("cuda:9.0")
+    tests.test_refusing_names_the_offending_value()
+    tests.test_accepting_is_well_formed()
+    tests.test_supports_imports_nothing_foreign()

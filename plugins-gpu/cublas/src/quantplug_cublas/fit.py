@@ -150,7 +150,9 @@ def _refuse_weight(problem: LinearProblem) -> Rejected | None:
     if weight.global_scale:
         return Rejected("dtype", "a global scale multiplies the scales", "scales without one")
     if not isinstance(weight.granularity, PerTensor | PerChannel) and weight.granularity != PerBlock(BLOCK, BLOCK):
-        return Rejected("granularity", weight.describe(), f"per tensor, per channel, or block {BLOCK}x{BLOCK}")
+        shared = weight.granularity
+        blocks = f"blocks of {shared.n} x {shared.k}" if isinstance(shared, PerBlock) else weight.describe()
+        return Rejected("granularity", blocks, f"per tensor, per channel, or blocks of {BLOCK} x {BLOCK}")
     sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
     for name, size in sizes:
         if size < 1:
