@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from tests.witness.compare_moe import compare_moe
-from tests.witness.held import ROOM, our_model, ulps
+from tests.witness.held import REFUSED, ROOM, our_model, ulps
 
 from quantplug.errors import QuantplugError
 
@@ -110,8 +110,14 @@ def main() -> int:
         try:
             result = (compare_moe if experts else compare)(options.directory, name)
         except QuantplugError as error:
-            result = {"name": name, "refused": str(error), "agrees": False}
-            print(f"{name:38} REFUSED: {error}", file=sys.stderr, flush=True)
+            code, why = REFUSED.get(name, ("", ""))
+            result = {"name": name, "refused": str(error), "agrees": error.code == code}
+            if result["agrees"]:
+                print(f"{name:38} refused as it must be ({code}): {why}", file=sys.stderr, flush=True)
+            else:
+                print(f"{name:38} REFUSED: {error}", file=sys.stderr, flush=True)
+        else:
+            result["agrees"] = result["agrees"] and name not in REFUSED
         results.append(result)
         if "refused" in result:
             continue

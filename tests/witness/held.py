@@ -39,3 +39,22 @@ def our_model(directory: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reference kernel announces itself
         return from_pretrained(directory, dtype="float32", policy=reference_only())
+
+
+SPLIT = "its experts' weights are split and their scales stacked, which its own tool cannot read either"
+REFUSED = {
+    "ar-autoround-mxint4": ("QP-CFG-REFUSED", "no scheme reads MXINT4"),
+    "moe-ct-qwen3-partial-experts": ("QP-SKIP-SHARDS", "two of eight experts stay whole"),
+    "moe-gq-qwen3-dynamic-left": ("QP-SKIP-SHARDS", "two of eight experts stay whole"),
+    "moe-ar-gpt-oss-autoround-w4g64": ("QP-ST-SHAPE", "inputs were taken for outputs"),
+    "moe-ct-glm4-fp8-block-free": ("QP-ST-DTYPE", "its embeddings are quantized"),
+    "moe-hf-deepseek-v3-fp8-block128": ("QP-SKIP-AMBIGUOUS", "dense weights have scales of uninitialized memory"),
+    "moe-hf-deepseek-v3-fp8-block32": ("QP-ST-MISSING", SPLIT),
+    "moe-hf-glm4-fp8-block128": ("QP-ST-MISSING", SPLIT),
+    "moe-hf-mixtral-fp8-block128": ("QP-ST-MISSING", SPLIT),
+    "moe-hf-qwen3-fp8-block128": ("QP-ST-MISSING", SPLIT),
+    "moe-hf-qwen3-fp8-block128-ue8m0": ("QP-ST-MISSING", SPLIT),
+    "moe-hf-qwen3-fp8-tensor": ("QP-ST-MISSING", SPLIT),
+    "small-hf-mixtral-fp8-block32": ("QP-ST-MISSING", SPLIT),
+}
+"""Checkpoints that must be refused: the code, and what is wrong with them."""
