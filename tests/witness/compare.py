@@ -106,7 +106,7 @@ def main() -> int:
     for name in names:
         if not (options.directory / "decompressed" / f"{name}.safetensors").exists():
             continue
-        experts = (options.directory / "logits" / f"{name}.safetensors").exists()
+        experts = (options.directory / "facts" / f"{name}.json").exists()
         try:
             result = (compare_moe if experts else compare)(options.directory, name)
         except QuantplugError as error:

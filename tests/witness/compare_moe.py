@@ -1,6 +1,6 @@
 """
 Hold the experts that quantplug loads against what the tool that wrote them decodes: for `tests.witness.compare`,
-wherever moe_logits.py stored logits.
+wherever a `make_moe_*.py` stored facts.
 
 Values: every quantized module of the bare checkpoint, next-N layers among them, and each expert's first and second
 product, in units in the last place of float32. Logits: in float32 through the `reference` kernel, against those that
@@ -49,7 +49,6 @@ def pairs(
 def compare_moe(root: Path, name: str) -> dict[str, Any]:
     """Return the figures of one checkpoint."""
     directory = root / "ckpt" / name
-    stored = load_file(root / "logits" / f"{name}.safetensors")
     decoded = load_file(root / "decompressed" / f"{name}.safetensors")
     interleaved = any(key.endswith("_blocks") for key in load_file(directory / "model.safetensors"))
     loaded = load_layers(plan(directory, dtype="float32", policy=reference_only()), directory)
@@ -59,6 +58,7 @@ def compare_moe(root: Path, name: str) -> dict[str, Any]:
             alone.append(key)
         else:
             distance = max(distance, ulps(ours, theirs.to(torch.float32)))
+    stored = load_file(root / "logits" / f"{name}.safetensors")
     model = our_model(directory).eval()
     with torch.inference_mode():
         found = model(stored["input_ids"]).logits.float()
