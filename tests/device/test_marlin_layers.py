@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel where it lives: in graphs, on two streams, through the compiler, and cut as other devices cut it."""
+"""The CUDA C++ kernel in graphs, on two streams, through the compiler, and cut as other devices cut it."""
 
 from __future__ import annotations
 
