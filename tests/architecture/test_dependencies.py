@@ -23,11 +23,16 @@ def normalise(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
+ELSEWHERE = {"humming": ["humming-kernels"]}
+"""Who brings a module that the tests do without and that is not called as its distribution is."""
+
+
 @cache
 def distribution_of(module: str) -> frozenset[str]:
     """Return the distributions that bring a top-level module, ours from their own settings."""
     ours = {project.package: project.name for project in projects()}
-    found = [ours[module]] if module in ours else packages_distributions().get(module, [module])
+    named = ELSEWHERE.get(module, [module])
+    found = [ours[module]] if module in ours else packages_distributions().get(module, named)
     return frozenset(normalise(name) for name in found)
 
 
