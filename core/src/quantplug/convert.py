@@ -20,11 +20,12 @@ from quantplug.config import read_model_config, resolve_config
 from quantplug.errors import ConvertError
 from quantplug.inventory import inventory_of
 from quantplug.load import tell
+from quantplug.moescheme import share
 from quantplug.plugins import registry as installed
 from quantplug.reader import TensorReader
 from quantplug.scheme import LinearScheme
 from quantplug.schemes import SchemeCache, quantize_dense
-from quantplug.skip import SchemeRef
+from quantplug.skip import SCHEMED, SchemeRef
 from quantplug.source import resolve_source
 from quantplug.staging import StagedDirectory
 from quantplug.worklist import Job, Wish, work_list
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from quantplug.host import CalibrationBlock
+    from quantplug.inventory import ModuleInfo
     from quantplug.jsonio import Json
     from quantplug.load import Progress
     from quantplug.registry import Registry
@@ -71,7 +73,7 @@ class ConvertReport:
 
     Attributes:
         quantized: number of layers by scheme, in words.
-        dense: checkpoint paths of the linear layers left whole.
+        dense: checkpoint paths of the linear layers, those of experts among them, left whole.
         source_bytes: tensor bytes of the source.
         written_bytes: size of the weights file written.
         seconds: wall time.
@@ -97,7 +99,7 @@ def convert(
     registry: Registry | None = None,
 ) -> ConvertReport:
     """
-    Quantize the linear layers of a dense checkpoint.
+    Quantize the linear layers of a dense checkpoint, those of its experts among them.
 
     Without a calibration text one tensor at a time is in memory. The destination appears when everything is written;
     an interrupted run leaves only a `.partial` directory beside it, which the next run replaces.
@@ -110,7 +112,8 @@ def convert(
         head: parameters for the output head, which stays dense when this is None. A head that is tied to the
             embedding is then stored on its own, and the embedding stays as it is.
         skip: layers to leave whole.
-        calibration: a text to quantize by; None rounds without one.
+        calibration: a text to quantize by; None rounds without one. Experts, which see few tokens of a text each, are
+            rounded without one in any case.
         progress: told the source bytes done.
         registry: plugins to use; None takes the installed ones.
 
@@ -136,10 +139,11 @@ def convert(
             expected="a scheme that quantizes",
         )
     inventory = inventory_of(checkpoint, model_config, registry, found)
-    jobs = list(work_list(checkpoint, inventory, Wish(scheme, params, head, tuple(skip)), SchemeCache(registry)))
+    wish = Wish(scheme, params, head, tuple(skip))
+    jobs = list(work_list(checkpoint, inventory, wish, SchemeCache(registry)))
     quantized = {job.module: job.ref for job in jobs if job.ref is not None}
-    linear = [module for module in inventory if module.kind == "linear"]
-    dense = tuple(module.name for module in linear if module.name not in quantized)
+    linear = [module for module in inventory if module.kind in SCHEMED]
+    dense = tuple(name for module in linear if wish.ref(module) is None for name in _stored_as(module))
     base = SchemeRef(scheme, tuple(sorted(params.items())))
     config: dict[str, Json] = dict(model_config)
     config["quantization_config"] = registry.dialect_writing(scheme).item.write(base, quantized, dense)
@@ -185,7 +189,7 @@ def _write_all(
                 tell(progress, "convert", done, total)
     for job in jobs:
         if job.scheme is None:
-            writer.write(job.outputs[0][0], reader.read(job.source))
+            writer.write(job.outputs[0][0], _read(job, reader))
         elif job.module in waiting:
             _quantize(job, reader, writer, None)
         else:
@@ -194,11 +198,23 @@ def _write_all(
         tell(progress, "convert", done, total)
 
 
+def _stored_as(module: ModuleInfo) -> tuple[str, ...]:
+    """Return the paths of what a module that stays whole is stored as."""
+    apart = module.experts is not None and not module.experts.files.stacked
+    return module.shards if apart else (module.name,)
+
+
+def _read(job: Job, reader: TensorReader) -> torch.Tensor:
+    if job.part is None:
+        return reader.read(job.source)
+    return share(reader.read_part(job.source, job.part.expert), job.part.ending)[job.part.rows].contiguous()
+
+
 def _quantize(job: Job, reader: TensorReader, writer: TensorFileWriter, hessian: torch.Tensor | None) -> Weight:
     """Quantize one layer, write it, and return it."""
     if job.scheme is None:
         raise TypeError(f"{job.source} is to be copied, not quantized")
-    weight = quantize_dense(job.scheme, reader.read(job.source), job.source, hessian=hessian)
+    weight = quantize_dense(job.scheme, _read(job, reader), job.source, hessian=hessian)
     stored = {f"{job.module}.{suffix}": tensor for suffix, tensor in job.scheme.encode(weight).items()}
     announced = {name for name, _, _ in job.outputs}
     if stored.keys() != announced:

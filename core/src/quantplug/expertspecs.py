@@ -73,9 +73,16 @@ def halves(weight: Weight, order: RowOrder) -> tuple[Weight, Weight]:
     """Return gate and up of a joined weight `[2I, H]`, each under `half_spec`, as views where nothing is repeated."""
     rows = weight.out_features // 2
     fine = fit_weight(weight, half_spec(weight.spec, rows, order))
-    cuts = (slice(0, None, 2), slice(1, None, 2)) if order == "interleaved" else (slice(0, rows), slice(rows, None))
-    first, second = (_rows(fine, cut) for cut in cuts)
-    return (second, first) if order == "up_gate" else (first, second)
+    gate, up = row_halves(2 * rows, order)
+    return _rows(fine, gate), _rows(fine, up)
+
+
+def row_halves(rows: int, order: RowOrder) -> tuple[slice, slice]:
+    """Return which of so many joined rows are those of gate, and which those of up."""
+    if order == "interleaved":
+        return slice(0, rows, 2), slice(1, rows, 2)
+    lower, upper = slice(0, rows // 2), slice(rows // 2, rows)
+    return (upper, lower) if order == "up_gate" else (lower, upper)
 
 
 def _rows(weight: Weight, cut: slice) -> Weight:
@@ -85,7 +92,7 @@ def _rows(weight: Weight, cut: slice) -> Weight:
         if isinstance(granularity, PerTensor):
             return tensor
         if isinstance(granularity, PerBlock):
-            return tensor[cut.start // granularity.n : None if cut.stop is None else cut.stop // granularity.n]
+            return tensor[cut.start // granularity.n : -(-cut.stop // granularity.n)]
         return tensor[cut]
 
     return replace(

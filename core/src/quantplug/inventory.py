@@ -48,6 +48,7 @@ class ModuleInfo:
         tied_to: path of the module that owns this one's weight, or "".
         head: whether it is the output head (the last linear layer, onto the vocabulary).
         experts: what kind of experts, for that kind of module.
+        router: whether it is a linear layer that chooses experts.
         extras: names of further stored tensors that a linear module owns, besides its weight and bias.
     """
 
@@ -61,6 +62,7 @@ class ModuleInfo:
     tied_to: str = ""
     head: bool = False
     experts: ExpertLayer | None = None
+    router: bool = False
     extras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -165,6 +167,7 @@ def _module(path: str, stored: StoredModules, rules: Architecture, marks: frozen
         shape=None if quantized or weight is None else LinearShape(*weight.shape),
         bias=BIAS_SUFFIX in tensors,
         head=_ends_with(path, rules.heads) and not any(part.isdecimal() for part in path.split(".")),
+        router=_ends_with(path, rules.routers),
         extras=tuple(name for name in rules.extras if name in tensors),
     )
 

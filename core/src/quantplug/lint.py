@@ -122,7 +122,7 @@ def _decide(
     )  # fmt: skip
     decided = []
     for module in inventory:
-        ruling = _kept(partial(matcher.decide, module, stored.paths), found)
+        ruling = _kept(partial(matcher.decide, module, stored.paths, split=True), found)
         layer = None if ruling is None else _kept(partial(planner.plan, module), found)
         decided.append(Decided(module, ruling, layer))
     if all(item.layer is not None for item in decided):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.findings import Finding
 from quantplug.names import GENERIC
-from quantplug.skip import MAX_REPORTED
+from quantplug.skip import MAX_REPORTED, SCHEMED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -40,9 +40,10 @@ class Decided:
     @property
     def overruled(self) -> bool:
         """Whether the stored tensors say otherwise than the rules."""
-        if self.ruling is None or self.layer is None or self.module.kind != "linear" or self.module.tied_to:
+        if self.ruling is None or self.layer is None or self.module.kind not in SCHEMED or self.module.tied_to:
             return False
-        return self.layer.quantized != (self.ruling.use is not None)
+        rulings = [part for _, part in self.ruling.split] or [self.ruling]
+        return any(self.layer.quantized != (ruling.use is not None) for ruling in rulings)
 
     @property
     def entry(self) -> Entry | None:
@@ -81,7 +82,7 @@ def check_evidence(decided: Sequence[Decided]) -> Iterator[Finding]:
     for item in decided:
         if item.overruled and item.layer is not None:
             against.setdefault((item.entry, item.layer.quantized), []).append(item.module.path)
-        elif item.module.kind == "linear" and item.layer is not None:
+        elif item.module.kind in SCHEMED and item.layer is not None:
             agreeing[item.entry] = agreeing.get(item.entry, 0) + 1
     for (entry, quantized), names in against.items():
         right = agreeing.get(entry, 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantplug.errors import PlanError
-from quantplug.expertspecs import common_spec, fit_weight, half_spec, halves
+from quantplug.expertspecs import common_spec, fit_weight, half_spec, halves, row_halves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ class MoEScheme:
         a13 = tuple(activation[:-1])
         if self.files.joined:
             first = list(halves(first[0], self.files.order))
-            b13 = tuple(part for bias in b13 for part in _halves_of(bias, self.files))
+            b13 = tuple(bias[rows].contiguous() for bias in b13 for rows in row_halves(len(bias), self.files.order))
             a13 = a13 * 2
         w13 = tuple(fit_weight(weight, spec) for weight, spec in zip(first, self.w13, strict=True))
         return ExpertWeights(w13, fit_weight(second, self.w2), b13, biases[-1] if biases else None, a13, activation[-1])
@@ -107,11 +107,3 @@ def share(tensor: torch.Tensor, ending: Ending) -> torch.Tensor:
     if ending.flattened and tensor.dim() > 1:
         tensor = tensor.flatten(-2)
     return tensor.contiguous()
-
-
-def _halves_of(bias: torch.Tensor, files: ExpertFiles) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = len(bias) // 2
-    if files.order == "interleaved":
-        return bias[0::2].contiguous(), bias[1::2].contiguous()
-    first, second = bias[:rows], bias[rows:]
-    return (second, first) if files.order == "up_gate" else (first, second)

@@ -24,6 +24,7 @@ class Architecture:
         heads: dotted suffixes of module paths that are the output head, outside numbered layers; the first of them is
             tied to the vocabulary's embedding when the files have none and `tie_word_embeddings` is set.
         fused: (fused last name, shard last names) for engines that fuse, such as ("qkv_proj", ("q_proj", …)).
+        routers: dotted suffixes of module paths that choose experts; nothing quantizes them unless the file says so.
         experts: how its routed experts are spelled.
         extras: names of further tensors that linear modules of the family may own (a router's bias for the choice).
     """
@@ -46,6 +47,14 @@ class Architecture:
     fused: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
         ("gate_up_proj", ("gate_proj", "up_proj")),
+    )
+    routers: tuple[str, ...] = (
+        "mlp.gate",
+        "block_sparse_moe.gate",
+        "feed_forward.gate",
+        "router",
+        "router.proj",
+        "shared_expert_gate",
     )
     experts: ExpertRules = field(default_factory=ExpertRules)
     extras: tuple[str, ...] = ("e_score_correction_bias",)

@@ -15,7 +15,7 @@ from quantplug.errors import ConfigError
 from quantplug.evidence import DENSE_SUFFIX
 from quantplug.names import GENERIC
 from quantplug.sections import CALLER
-from quantplug.skip import Entry, EntryKind, Rule, SchemeRef
+from quantplug.skip import SCHEMED, Entry, EntryKind, Rule, SchemeRef
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,7 @@ class OnLoad:
     Attributes:
         recipe: name of the grid, one of `Registry.recipes` ("int4-g32", "fp8", "mxfp8", "q4_0"); or "card" for the one
             that the metadata of the model card names.
-        skip: layers to leave whole; the output head is left whole in any case.
+        skip: layers to leave whole; the output head and routers are left whole in any case.
     """
 
     recipe: str
@@ -57,11 +57,12 @@ def on_load_config(wish: OnLoad, directory: Path, registry: Registry) -> QuantCo
     origin = CALLER
     if wish.recipe == CARD:
         wish, origin = replace(wish, recipe=recipe_on_card(directory, registry.recipes)), f"{FILE}: metadata"
-    heads = (Entry(name, EntryKind.SUFFIX, name, "output heads stay whole", implied=True) for name in GENERIC.heads)
+    whole = {"output heads stay whole": GENERIC.heads, "routers stay whole": GENERIC.routers}
+    implied = (Entry(name, EntryKind.SUFFIX, name, why, implied=True) for why, names in whole.items() for name in names)
     return QuantConfig(
         dialect="",
         default=wish.scheme(registry),
-        rules=tuple(Rule(entry) for entry in (*wish.skip, *heads)),
+        rules=tuple(Rule(entry) for entry in (*wish.skip, *implied)),
         fields=(Field("quantize", wish.recipe, origin),),
         on_load=True,
     )
@@ -113,7 +114,7 @@ def written_section(plan: Plan, registry: Registry) -> dict[str, Json]:
     """
     layers = {segment.name: segment.scheme for layer in plan.layers for segment in layer.segments}
     base, _ = Counter(layers.values()).most_common(1)[0]
-    whole = [layer for layer in plan.layers if layer.kind == "linear" and not layer.quantized]
+    whole = [layer for layer in plan.layers if layer.kind in SCHEMED and not layer.quantized]
     ending = f".{DENSE_SUFFIX}"
     dense = [
         name.removesuffix(ending)

@@ -189,13 +189,16 @@ class Plan:
 
     def layer(self, path: str) -> LayerPlan:
         """
-        Return the plan of one module by its path.
+        Return the plan of one module by its path, or by that of one of its stored shards (a projection of an expert).
 
         Raises:
             PlanError: `QP-PLAN-MODEL` with the nearest paths when there is none.
         """
         for layer in self.layers:
             if layer.path == path:
+                return layer
+        for layer in self.layers:
+            if any(segment.name == path for segment in layer.segments):
                 return layer
         near = difflib.get_close_matches(path, [layer.path for layer in self.layers], n=3, cutoff=0.4)
         raise PlanError(

@@ -9,6 +9,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantplug.skip import SCHEMED
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -47,18 +49,19 @@ class Group:
 
 
 def group_layers(plan: Plan) -> list[Group]:
-    """Return the groups of a plan, quantized and dense linear layers first, in order of first appearance."""
+    """Return the groups of a plan, linear layers and experts first, in order of first appearance."""
     fates: dict[object, list[LayerPlan]] = defaultdict(list)
     for layer in plan.layers:
         decision = plan.decision_of(layer)
         kernels = decision.choices if decision is not None else ()
-        parent = _NUMBER.sub("#", layer.path).rpartition(".")[0] if layer.kind == "linear" else ""
+        runs = layer.kind in SCHEMED
+        parent = _NUMBER.sub("#", layer.path).rpartition(".")[0] if runs else ""
         # The default and an expression speak of all layers alike; a literal entry names one, and folds by its words.
         rule = _NUMBER.sub("#", layer.rule)
         notes = tuple(_NUMBER.sub("#", note) for note in layer.notes)
-        fates[(layer.kind != "linear", layer.kind, rule, layer.scheme, kernels, notes, parent)].append(layer)
+        fates[(not runs, layer.kind, rule, layer.scheme, kernels, notes, parent)].append(layer)
     groups = [Group(fold([layer.path for layer in layers]), tuple(layers)) for layers in fates.values()]
-    return sorted(groups, key=lambda group: (group.first.kind != "linear", not group.first.quantized))
+    return sorted(groups, key=lambda group: (group.first.kind not in SCHEMED, not group.first.quantized))
 
 
 def fold(paths: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from quantplug_cli.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from quantplug.plan import Plan
+    from quantplug.plan import LayerPlan, Plan
 
 
 def plan(
@@ -106,7 +106,7 @@ def _table(made: Plan) -> Table:
         words.append("\n  " + "; ".join([group.first.rule, *group.first.notes]), style="dim")
         table.add_row(
             words,
-            (group.first.scheme or made.dtype) if group.first.kind == "linear" else group.first.kind,
+            _what(group.first, made),
             choices(decision) if decision is not None else "dense",
             str(len(group.layers)),
             size(group.file_bytes),
@@ -115,8 +115,15 @@ def _table(made: Plan) -> Table:
     return table
 
 
+def _what(layer: LayerPlan, made: Plan) -> str:
+    """Return how a layer is stored, and how many experts it has."""
+    if layer.experts is not None:
+        return f"{layer.experts.count} experts, {layer.scheme or made.dtype}"
+    return (layer.scheme or made.dtype) if layer.kind == "linear" else layer.kind
+
+
 def _refusals(made: Plan) -> list[str]:
-    """Return one line per kernel that some decision refused or passed over, with the reasons and how often."""
+    """Return what some decision refused or passed over, with the reasons and how often; one line for the same words."""
     from quantplug.kernel import Accepted, Rejected
 
     layers = Counter(layer.decision for layer in made.layers if layer.decision is not None)
@@ -138,10 +145,11 @@ def _refusals(made: Plan) -> list[str]:
         f"({sum(count for _, count in found)} layers)"
         for kernel, found in slower.items()
     ]
-    return lines + [
-        f"not {kernel}: " + "; ".join(f"{text} ({count} layers)" for text, count in counter.most_common(3))
-        for kernel, counter in reasons.items()
-    ]
+    alike: dict[str, list[str]] = {}
+    for kernel, counter in reasons.items():
+        words = "; ".join(f"{text} ({count} layers)" for text, count in counter.most_common(3))
+        alike.setdefault(words, []).append(kernel)
+    return lines + [f"not {', '.join(kernels)}: {words}" for words, kernels in alike.items()]
 
 
 def _span(values: list[float]) -> str:

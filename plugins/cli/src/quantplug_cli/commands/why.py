@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Layer = Annotated[str, typer.Argument(metavar="LAYER", help="Module path, such as model.layers.3.mlp.down_proj.")]
 
+_SHOWN = 6
+"""Stored shards that are listed one by one."""
+
 
 def why(
     checkpoint: Checkpoint,
@@ -71,10 +74,13 @@ def _show(made: Plan, layer: LayerPlan) -> None:
     for note in layer.notes:
         _line("note", note)
     _line("scheme", layer.scheme or "none: it stays dense")
-    for segment in layer.segments:
+    for segment in layer.segments[:_SHOWN]:
         _line("stored as", ", ".join(name for _, name in segment.tensors))
+    if len(layer.segments) > _SHOWN:
+        _line("", f"and so on, {len(layer.segments)} projections of {len(layer.segments) // _parts(layer)} experts")
     if layer.tensors:
-        _line("bias" if layer.segments else "stored as", ", ".join(layer.tensors))
+        more = f" and {len(layer.tensors) - _SHOWN} more" if len(layer.tensors) > _SHOWN else ""
+        _line("bias" if layer.segments else "stored as", ", ".join(layer.tensors[:_SHOWN]) + more)
     _line("bytes", f"{size(layer.file_bytes)} in files, about {size(layer.memory_bytes)} in memory")
     decision = made.decision_of(layer)
     if decision is not None and layer.problem is not None:
@@ -86,6 +92,10 @@ def _show(made: Plan, layer: LayerPlan) -> None:
             _line("asked", f"{candidate.kernel} ({candidate.plugin}){said}: {verdict(candidate.verdict)}")
     for field in made.fields:
         _line("from", f"{field.name} = {field.value!r}  ({field.origin})")
+
+
+def _parts(layer: LayerPlan) -> int:
+    return len(layer.experts.files.projections) if layer.experts is not None else 1
 
 
 def _line(label: str, text: str) -> None:
