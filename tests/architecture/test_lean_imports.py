@@ -14,7 +14,7 @@ from sources import projects
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
 
 NEEDS_TORCH = {
-    "codes", "convert", "expertfunction", "expertload", "lintscales", "load", "modules", "moemodules", "preparedmodule",
+    "codes", "convert", "dispatch", "expertfunction", "expertload", "lintscales", "load", "modules", "moemodules", "preparedmodule",
     "reader", "weight", "workers", "writeback", "writer",
 }  # fmt: skip
 """Modules of the core that handle tensors; all others, planning included, work on a machine without torch."""

@@ -40,7 +40,9 @@ def test_the_cheapest_for_one_row_comes_first_and_another_of_its_layout_takes_th
     decision = select(problem(), MODULE, CPU, toy_registry(), Policy(), {})
     assert decision.choices == (Choice("toy.fast", 0, 15), Choice("toy.many", 16, None))
     assert decision.layout_id == "toy"
-    assert [c.kernel for c in decision.candidates] == ["toy.fast", "toy.many", "reference"]
+    assert [c.kernel for c in decision.candidates] == [
+        "toy.fast", "toy.many", "toy.fast.dense", "toy.many.dense", "reference",
+    ]  # fmt: skip
 
 
 def test_every_refusal_is_kept_with_its_reason() -> None:

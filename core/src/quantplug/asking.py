@@ -4,7 +4,7 @@ Asking kernels: one that raises has refused, and one that needs uniform segments
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 from quantplug.isolation import Fault, isolated
@@ -14,7 +14,7 @@ from quantplug.moekernel import MoEKernel
 from quantplug.spec import LinearProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from quantplug.kernel import Verdict
     from quantplug.moekernel import Kernel
@@ -44,7 +44,7 @@ def _ask_linear(kernel: LinearKernel, problem: LinearProblem, platform: Platform
             return verdict
         parts.append(verdict)
     return Accepted(
-        Cost(sum(p.cost.fixed_us for p in parts), sum(p.cost.row_us for p in parts)),
+        reduce(Cost.plus, (p.cost for p in parts)),
         casts=tuple(dict.fromkeys(cast for p in parts for cast in p.casts)),
         extra_bytes=sum(p.extra_bytes for p in parts),
         notes=(
@@ -52,7 +52,14 @@ def _ask_linear(kernel: LinearKernel, problem: LinearProblem, platform: Platform
             *dict.fromkeys(note for p in parts for note in p.notes),
         ),
         quantizes_x=any(p.quantizes_x for p in parts),
+        dequantize_us=_sum_of(p.dequantize_us for p in parts),
     )
+
+
+def _sum_of(times: Iterable[float | None]) -> float | None:
+    """Return the sum, None when one of them is not known."""
+    known = list(times)
+    return None if None in known else sum(time for time in known if time is not None)
 
 
 def probe(kernel: Kernel, platform: Platform) -> Rejected | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
+from quantplug.dense import DenseProduct, offers_dense
 from quantplug.detect import CpuProvider, CudaProvider
 from quantplug.errors import PluginError
 from quantplug.kernel import LinearKernel
@@ -84,13 +85,15 @@ def assemble(
 
 
 def _linear(kernels: Mapping[str, Provided[Kernel]]) -> Mapping[str, Provided[LinearKernel]]:
-    return MappingProxyType(
-        {
-            name: Provided(provided.item, provided.plugin)
-            for name, provided in kernels.items()
-            if isinstance(provided.item, LinearKernel)
-        }
-    )
+    """Return the kernels for linear layers: those there are, and a dense product for each that dequantizes."""
+    found: dict[str, Provided[LinearKernel]] = {}
+    for provided in kernels.values():
+        if isinstance(provided.item, LinearKernel):
+            found[provided.item.name] = Provided(provided.item, provided.plugin)
+            if offers_dense(provided.item):
+                dense = DenseProduct(provided.item)
+                found.setdefault(dense.name, Provided(dense, provided.plugin))
+    return MappingProxyType(dict(sorted(found.items())))
 
 
 def _for_experts(kernels: Mapping[str, Provided[Kernel]]) -> Mapping[str, Provided[MoEKernel]]:

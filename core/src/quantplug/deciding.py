@@ -4,12 +4,11 @@ The kernel decisions of one plan: each distinct problem is put to everyone once.
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted
 from quantplug.select import kernels_for, select
-from quantplug.spec import LinearProblem, scale_shape
+from quantplug.spec import LinearProblem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from quantplug.platform import Platform
     from quantplug.policy import Policy
     from quantplug.registry import Registry
-
-_SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e8m0fnu": 1, "float8_e4m3fn": 1}
 
 
 class Decider:
@@ -63,8 +60,8 @@ class Decider:
         verdict = next(c.verdict for c in chosen.candidates if c.kernel == chosen.kernel)
         extra = verdict.extra_bytes if isinstance(verdict, Accepted) else 0
         if isinstance(problem, LinearProblem):
-            return _stored_bytes(problem) + extra
-        return problem.experts * (_stored_bytes(problem.first) + _stored_bytes(problem.second)) + extra
+            return problem.stored_bytes + extra
+        return problem.experts * (problem.first.stored_bytes + problem.second.stored_bytes) + extra
 
     def _warn_fallback(self, problem: LinearProblem | MoEProblem, module: ModuleInfo, decision: Decision) -> None:
         if kernels_for(problem, self._registry)[decision.kernel].item.traits.fallback:
@@ -75,13 +72,3 @@ class Decider:
                 f"{module.path} and layers like it run on the slow {decision.kernel} kernel"
                 + (f" ({others})" if others else " (no other kernel is installed)")
             )
-
-
-def _stored_bytes(problem: LinearProblem) -> int:
-    bits = sum(segment.out_features * problem.in_features * segment.weight.element.bits for segment in problem.segments)
-    shared = sum(
-        prod(scale_shape(segment.weight.granularity, segment.out_features, problem.in_features))
-        * (_SCALE_BYTES[segment.weight.scale_dtype] + segment.weight.zero_points)
-        for segment in problem.segments
-    )
-    return bits // 8 + shared

@@ -24,14 +24,28 @@ class Cost:
     An estimate of one call's duration: `fixed_us + rows * row_us` microseconds.
 
     A claim that `quantplug tune` can check, not a priority: the order between kernels follows from it.
+
+    Attributes:
+        fixed_us: of a call, whatever the number of rows.
+        row_us: of each row.
+        many: the cost of another way that the kernel itself takes where that is cheaper, or None.
     """
 
     fixed_us: float
     row_us: float
+    many: Cost | None = None
 
     def at(self, rows: int) -> float:
         """Return the estimated microseconds for M = `rows`."""
-        return self.fixed_us + rows * self.row_us
+        first = self.fixed_us + rows * self.row_us
+        return first if self.many is None else min(first, self.many.at(rows))
+
+    def plus(self, other: Cost) -> Cost:
+        """Return the cost of two calls, each of which takes its own way."""
+        many = None
+        if self.many is not None or other.many is not None:
+            many = (self.many or self).plus(other.many or other)
+        return Cost(self.fixed_us + other.fixed_us, self.row_us + other.row_us, many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,8 @@ class Accepted:
         quantizes_x: whether x is quantized as `problem.activation` permits, and exactly so; shown in the plan, and done
             in the same way by the oracle that the kernel is checked against (`quantplug_testkit.oracles.activation`,
             which says what scale belongs to which x, and which roundings are free).
+        dequantize_us: estimated microseconds of one `dequantize`; None for one that is made of torch operators. The
+            core offers a product that dequantizes at every call for many rows, and estimates it by this.
     """
 
     cost: Cost
@@ -71,6 +87,7 @@ class Accepted:
     extra_bytes: int = 0
     notes: tuple[str, ...] = ()
     quantizes_x: bool = False
+    dequantize_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +194,12 @@ class LinearKernel(ABC):
         """
 
     def dequantize(self, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
-        """Return the values `[N, K]`; optional: serves other kernels' many-rows path and backward passes."""
+        """
+        Return the values `[N, K]`, computed in float32 and rounded once to `dtype`, in memory of their own.
+
+        Optional. It serves backward passes, and a kernel that has it gets another one for many rows for free
+        (`<name>.dense`), which dequantizes at every call. torch.compile never looks into it.
+        """
         raise NotImplementedError(f"kernel {self.name} does not dequantize")
 
     def unprepare(self, prepared: Prepared) -> tuple[Weight, ...]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug import dispatch
 from quantplug.asking import split
+from quantplug.dense import DenseProduct
 from quantplug.errors import LoadError, QuantplugError, RunError
 from quantplug.evidence import DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.preparedmodule import PreparedModule, named_tensors
@@ -51,9 +53,11 @@ class QuantizedLinear(PreparedModule):
         self._choices: tuple[tuple[Choice, LinearKernel], ...] = tuple(
             (choice, registry.kernel(choice.kernel).item) for choice in decision.choices
         )
+        self._by_rows = tuple((choice.max_rows, kernel) for choice, kernel in self._choices)
         self._parts: tuple[Prepared, ...] = ()
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
         self._only: tuple[LinearKernel, Prepared, torch.Tensor | None] | None = None
+        self._calls: tuple[tuple[torch.Tensor | None, list[torch.Tensor], int], ...] = ()
 
     @property
     def parameter_count(self) -> int:
@@ -185,8 +189,13 @@ class QuantizedLinear(PreparedModule):
         self._parts, self._part_biases = parts, biases
         # Asked for as "cuda", a tensor lies on "cuda:0"; what x is compared with is where the tensors lie.
         self._device = next(iter(parts[0].tensors.values())).device
-        if len(parts) == len(self._choices) == 1:
-            self._only = (self._choices[0][1], parts[0], biases[0])
+        kernel = self._choices[0][1]
+        if len(parts) == len(self._choices) == 1 and not isinstance(kernel, DenseProduct):
+            self._only = (kernel, parts[0], biases[0])
+        self._calls = tuple(
+            (bias, list(part.tensors.values()), dispatch.number_of(self._by_rows, part))
+            for part, bias in zip(parts, biases, strict=True)
+        )
 
     def _attribute(self, suffix: str, number: int) -> str:
         return suffix if len(self._layer.segments) == 1 else f"{suffix}_{number}"
@@ -199,34 +208,29 @@ class QuantizedLinear(PreparedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[..., N]` for x `[..., K]` of the planned dtype on the layer's device."""
         # A decoding step calls this hundreds of times; every attribute looked up here shows in tokens per second.
-        if not self._takes(x.shape[-1], x.dtype, x.device):
+        if x.shape[-1] != self._inputs_of(x.dtype, x.device):
             self._refuse(x)
         if self._only is not None:
             kernel, part, bias = self._only
             return kernel.apply(x, part, bias)
-        kernel = self._kernel_for(x)
-        if len(self._parts) == 1:
-            return kernel.apply(x, self._parts[0], self._part_biases[0])
-        return torch.cat(
-            [kernel.apply(x, part, bias) for part, bias in zip(self._parts, self._part_biases, strict=True)], dim=-1
-        )
+        rows = x.numel() // self.in_features
+        choose = dispatch.known_kernel if torch.compiler.is_compiling() else dispatch.kernel_for
+        chosen = choose(self._by_rows, rows)
+        if chosen is None:
+            results = [dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls]
+        else:
+            results = [chosen.apply(x, part, bias) for part, bias in zip(self._parts, self._part_biases, strict=True)]
+        return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
     # torch gives the decorator no type.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _takes(self, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    def _inputs_of(self, dtype: torch.dtype, device: torch.device) -> int:
         """
-        Return whether x is what the layer was prepared for.
+        Return how many inputs x must have; for an x of another dtype or on another device none will do.
 
-        A prepared layer never changes what it takes, so that a compiled model need not compare it at every call.
+        A prepared layer never changes what it takes, so that a compiled model need not look here at every call.
         """
-        return size == self.in_features and dtype == self._dtype and device == self._device
-
-    def _kernel_for(self, x: torch.Tensor) -> LinearKernel:
-        rows = x.numel() // self.in_features
-        for choice, kernel in self._choices:
-            if choice.max_rows is None or rows <= choice.max_rows:
-                return kernel
-        return self._choices[-1][1]
+        return self.in_features if dtype == self._dtype and device == self._device else -1
 
     def _refuse(self, x: torch.Tensor) -> None:
         if not self._parts:

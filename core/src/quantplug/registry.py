@@ -153,8 +153,10 @@ class Registry:
         conflicts: names claimed more than once.
         schemes: by scheme name.
         dialects: by dialect name.
-        kernels: those for linear layers by name; the core's `reference` is always there.
-        moe_kernels: those for experts by name; for every one of `kernels` there is a `loop.<name>`.
+        kernels: those for linear layers by name; the core's `reference` is always there, and for each of a plugin that
+            dequantizes a `<name>.dense`.
+        moe_kernels: those for experts by name; for every one that a plugin has for linear layers, and for `reference`,
+            there is a `loop.<name>`.
         platforms: by platform kind; the core's `cpu` and `cuda` are always there.
         hosts: by host name.
         peers: rules of other engines, by the engine's name.

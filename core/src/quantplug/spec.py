@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import Literal
 
 
@@ -86,6 +87,9 @@ class PerBlock:
 
 
 Granularity = PerTensor | PerChannel | PerGroup | PerBlock
+
+SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e8m0fnu": 1, "float8_e4m3fn": 1}
+"""Bytes of a scale by torch name of its dtype."""
 
 
 def scale_shape(granularity: Granularity, out_features: int, in_features: int) -> tuple[int, int]:
@@ -245,3 +249,14 @@ class LinearProblem:
     def uniform(self) -> bool:
         """Whether all segments share one numeric contract."""
         return len({segment.weight for segment in self.segments}) == 1
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes, scales and zero points at their stored width, without the few of a g_idx or global scale."""
+        total = 0
+        for segment in self.segments:
+            weight, n, k = segment.weight, segment.out_features, self.in_features
+            # A scale dtype that nobody knows is for kernels to refuse.
+            per_scale = SCALE_BYTES.get(weight.scale_dtype, 4) + weight.zero_points
+            total += n * k * weight.element.bits // 8 + prod(scale_shape(weight.granularity, n, k)) * per_scale
+        return total

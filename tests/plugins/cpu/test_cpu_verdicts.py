@@ -213,18 +213,23 @@ def test_a_wrong_int8_product_is_refused(monkeypatch) -> None:
 def test_the_installed_plugin_brings_its_kernels() -> None:
     registry = discover(environ={})
     found = {name: provided.plugin for name, provided in registry.kernels.items() if name.startswith("cpu.")}
-    assert found == dict.fromkeys(("cpu.int4", "cpu.int8", "cpu.w8a8", "cpu.float4", "cpu.dense"), "quantplug-cpu")
+    own = ("cpu.int4", "cpu.int8", "cpu.w8a8", "cpu.float4", "cpu.dense")
+    assert found == dict.fromkeys((*own, *(f"{name}.dense" for name in own)), "quantplug-cpu")
 
 
 PLANNING = """
 import sys
+from quantplug.kernel import LinearKernel
+from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug_cpu.plugin import quantplug_kernels
 for kernel in quantplug_kernels():
     for element in ElementType:
-        asked = LinearProblem(128, (SegmentSpec(64, WeightSpec(element, PerGroup(64))),), "bfloat16")
-        kernel.supports(asked, Platform.parse("cpu"))
+        spec = WeightSpec(element, PerGroup(64))
+        linear = LinearProblem(128, (SegmentSpec(64, spec),), "bfloat16")
+        experts = MoEProblem(4, 2, 128, 64, (spec, spec), spec, ExpertFunction(), "bfloat16")
+        kernel.supports(linear if isinstance(kernel, LinearKernel) else experts, Platform.parse("cpu"))
 print("torch" in sys.modules)
 """
 

@@ -41,6 +41,9 @@ class Rates:
 _OPERATOR = Rates(6.0, 2.7e-5, 1.05e-5)
 TILES = Rates(60.0, 2.5e-4, 1.0e-5)
 
+# The tiles that take over from the operator for many rows; the product itself does not pay for planes.
+_MANY = Rates(60.0, 6.0e-4, 5.5e-6)
+
 
 def packed_verdict(problem: LinearProblem, planes: int, least_group: int = 16) -> Verdict:
     """
@@ -63,6 +66,7 @@ def packed_verdict(problem: LinearProblem, planes: int, least_group: int = 16) -
     parts = len(problem.segments) if weight.act_order else 1
     weights = planes * slots.count * problem.out_features
     cost = (_OPERATOR if fast else TILES).cost(weights)
+    many = Cost(_MANY.call_us * parts + weights * _MANY.weight_us, weights // planes * _MANY.product_us)
     notes = [f"empty slots: {k} inputs are laid out as {slots.count}"] if slots.count != k else []
     if weight.act_order:
         notes.append("x is permuted once per call")
@@ -72,7 +76,7 @@ def packed_verdict(problem: LinearProblem, planes: int, least_group: int = 16) -
     if not fast:
         notes.append(f"dequantizes tiles to float32 at every call; {FAST_DTYPE} has an operator of its own")
     return Accepted(
-        Cost(cost.fixed_us + (parts - 1) * _OPERATOR.call_us, cost.row_us),
+        Cost(cost.fixed_us + (parts - 1) * _OPERATOR.call_us, cost.row_us, many if fast else None),
         casts=packed_casts(weight, bias=problem.bias) if fast else (),
         extra_bytes=max(0, _held_bytes(problem, planes, slots) - entitled_bytes(problem)),
         notes=tuple(notes),

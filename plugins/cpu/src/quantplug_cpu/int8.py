@@ -4,6 +4,7 @@ The kernel for 8-bit weights: torch's int8 operator where each row has one scale
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ STEP = 16
 """K must be a multiple of this: with any other the vectorised int8 operator reads out of bounds and crashes."""
 
 _OPERATOR = Rates(6.0, 4.2e-5, 1.4e-5)
+_MANY = Rates(60.0, 1.7e-4, 4.8e-6)
 
 
 class Int8Kernel(LinearKernel):
@@ -136,8 +138,9 @@ def _bytes_verdict(problem: LinearProblem) -> Verdict:
     notes = [] if held_inputs == k else [f"x is filled up from {k} to {held_inputs} inputs"]
     if not fast:
         notes.append(f"dequantizes tiles to float32 at every call; {FAST_DTYPE} has an operator of its own")
+    weights = n * held_inputs
     return Accepted(
-        (_OPERATOR if fast else TILES).cost(n * held_inputs),
+        replace(_OPERATOR.cost(weights), many=_MANY.cost(weights)) if fast else TILES.cost(weights),
         casts=tuple(casts),
         extra_bytes=bytes_extra(problem),
         notes=tuple(notes),

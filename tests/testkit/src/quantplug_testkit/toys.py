@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 quantplug_api = ">=1,<2"
 
+SLOW_US = 1e6
+"""What the toy kernels claim that dequantizing takes, so that the core's product that does so is never worth it."""
+
 
 class ToyScheme(LinearScheme):
     """Symmetric int8 with one float32 scale per output row."""
@@ -136,7 +139,7 @@ class ToyKernel(ReferenceKernel):
             return Rejected("platform", f"runs on cpu, not on {platform}")
         if problem.in_features % 16:
             return Rejected("shape", f"in_features {problem.in_features} is not a multiple of 16", "pad K")
-        return Accepted(Cost(5.0, 2.0))
+        return Accepted(Cost(5.0, 2.0), dequantize_us=SLOW_US)
 
 
 class ToyManyRows(ToyKernel):
@@ -147,7 +150,7 @@ class ToyManyRows(ToyKernel):
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept what `toy.fast` accepts."""
         verdict = super().supports(problem, platform)
-        return Accepted(Cost(20.0, 0.5)) if isinstance(verdict, Accepted) else verdict
+        return Accepted(Cost(20.0, 0.5), dequantize_us=SLOW_US) if isinstance(verdict, Accepted) else verdict
 
 
 @hookimpl

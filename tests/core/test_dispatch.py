@@ -1,0 +1,143 @@
+"""A layer with a kernel for few rows and one for many: eager, compiled, differentiated, copied."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy_checkpoints import toy_checkpoint
+
+from quantplug import dispatch
+from quantplug.hooks import hookimpl
+from quantplug.load import load_layers
+from quantplug.planner import plan
+from quantplug.plugins import build_registry
+from quantplug.policy import Policy
+from quantplug_testkit import toys
+
+PATH = "model.layers.0.self_attn.q_proj"
+
+
+class Few(toys.ToyKernel):
+    """Adds 1, so that one sees who ran."""
+
+    name = "toy.fast"
+
+    def apply(self, x, prepared, bias):
+        return super().apply(x, prepared, bias) + 1
+
+
+class Many(toys.ToyManyRows):
+    name = "toy.many"
+
+    def dequantize(self, prepared, dtype):
+        torch._dynamo.graph_break()  # what no compiled model gets to see
+        return super().dequantize(prepared, dtype)
+
+
+@hookimpl
+def quantplug_kernels():
+    return [Few(), Many()]
+
+
+@pytest.fixture
+def layer(tmp_path):
+    plugin = {name: getattr(toys, name) for name in ("quantplug_api", "quantplug_schemes", "quantplug_dialects")} | {
+        "quantplug_kernels": quantplug_kernels
+    }
+    registry = build_registry({"toys": SimpleNamespace(**plugin)})
+    directory = toy_checkpoint(tmp_path)
+
+    def make(policy=None):
+        made = plan(directory, platform="cpu", registry=registry, policy=policy)
+        return load_layers(made, directory, registry=registry).modules[PATH]
+
+    return make
+
+
+def counted(module):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(module, backend=backend, fullgraph=True, dynamic=True), graphs
+
+
+def inputs(rows):
+    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).bfloat16()
+
+
+def test_one_graph_serves_rows_on_both_sides_of_the_boundary(layer):
+    module = layer()
+    assert [(most, kernel.name) for most, kernel in module._by_rows] == [(15, "toy.fast"), (None, "toy.many")]
+    compiled, graphs = counted(module)
+    for rows in (2, 15, 16, 300, 3):
+        assert torch.equal(compiled(inputs(rows)), module(inputs(rows))), rows
+    assert len(graphs) == 1
+    assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"].count(dispatch.run) == 1
+
+
+def test_a_graph_for_one_number_of_rows_calls_its_kernel_and_no_operator_of_ours(layer):
+    module = layer()
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append({node.target for node in graph.graph.nodes})
+        return graph.forward
+
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(inputs(1)), module(inputs(1)))
+    assert len(seen) == 1
+    assert dispatch.run not in seen[0]
+
+
+def test_a_dense_product_is_one_operator_whatever_dequantize_does(layer):
+    module = layer(Policy.parse({"rule": [{"pin": "toy.many.dense"}]}, "test"))
+    compiled, graphs = counted(module)
+    for rows in (1, 5):
+        assert torch.equal(compiled(inputs(rows)), module(inputs(rows)))
+    assert torch.equal(module(inputs(3)), torch.nn.functional.linear(
+        inputs(3), module.dequantize(torch.bfloat16), module._part_biases[0]
+    ))  # fmt: skip
+    assert graphs
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_gradients_pass_through_the_operator(layer, rows):
+    module = layer()
+    compiled, _ = counted(module)
+    eager, traced = (inputs(rows).requires_grad_() for _ in range(2))
+    module(eager).square().sum().backward()
+    compiled(traced).square().sum().backward()
+    assert eager.grad is not None
+    # One rounds the gradient of x once from float32, the other multiplies in bfloat16: 32 products of 8 bits each.
+    assert torch.allclose(traced.grad, eager.grad, rtol=0, atol=float(eager.grad.abs().max()) * 2**-5)
+
+
+def test_a_deep_copy_runs_compiled_on_its_own_memory(layer):
+    module = layer()
+    twin = copy.deepcopy(module)
+    expected = module(inputs(20))
+    for buffer in module.buffers():
+        buffer.zero_()
+    compiled, _ = counted(twin)
+    assert torch.equal(compiled(inputs(20)), expected)
+
+
+def test_the_operator_obeys_torchs_rules(layer):
+    module = layer()
+    [(bias, tensors, call)] = module._calls
+    for rows in (0, 3, 20):
+        torch.library.opcheck(dispatch.run, (inputs(rows).requires_grad_(), bias, tensors, call))
+
+
+def test_equal_calls_share_a_number(layer):
+    module = layer()
+    other = layer()
+    assert other._calls[0][2] == module._calls[0][2]
