@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from quantplug.platform import Platform
     from quantplug.spec import LinearProblem, WeightSpec
 
-DTYPES = ("bfloat16", "float16")
+DTYPE = "bfloat16"
+"""Of x. In float16, sums of codes may leave its range before a scale brings them back."""
+
 ELEMENTS = (ElementType.INT4, ElementType.UINT4, ElementType.INT8, ElementType.FLOAT8_E4M3FN)
 SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e8m0fnu": 1}
 
@@ -77,10 +79,10 @@ def filled(problem: LinearProblem) -> tuple[int, int]:
 
 def casts(problem: LinearProblem) -> tuple[Cast, ...]:
     """
-    Return the roundings: weights are multiplied out in the dtype of x, scales in that dtype, where a row has several
-    scales; one scale per row multiplies sums in that dtype, to which they were rounded, and so is a bias added.
+    Return the roundings: where a row has several scales, weights are multiplied out in bfloat16, with scales in it; one
+    scale per row multiplies sums in bfloat16, to which they were rounded, and so is a bias added.
     """
-    weight, dtype = problem.segments[0].weight, problem.dtype
+    weight, dtype = problem.segments[0].weight, DTYPE
     found: list[Cast] = []
     exact = one_scale(problem) or weight.scale_dtype in ("float8_e8m0fnu", dtype)
     if not exact:
@@ -109,8 +111,8 @@ def _refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None
         version = tuple(int(part) for part in platform.arch.split(".") if part.isdecimal())
         if version < _OLDEST:
             return Rejected("arch", f"compute capability {platform.arch}", "8.0 or newer, of NVIDIA")
-    if problem.dtype not in DTYPES:
-        return Rejected("dtype", f"activation dtype {problem.dtype}", f"use one of {', '.join(DTYPES)}")
+    if problem.dtype != DTYPE:
+        return Rejected("dtype", f"activation dtype {problem.dtype}", f"use {DTYPE}")
     return None
 
 
@@ -126,9 +128,6 @@ def _refuse_weight(problem: LinearProblem) -> Rejected | None:
     if weight.scale_dtype not in SCALE_BYTES or weight.global_scale:
         what = "a global scale multiplies scales" if weight.global_scale else "scales"
         return Rejected("dtype", f"{what} in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}")
-    if problem.dtype == "float16" and (weight.element.floating or weight.scale_dtype == "float32"):
-        # Sums of codes, or scales, may leave the range of float16 before they meet.
-        return Rejected("dtype", f"activation dtype float16 for {weight.describe()}", "use bfloat16")
     return _refuse_granularity(weight) or _refuse_sizes(problem)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 class HummingKernel(LinearKernel):
     """
-    `y = x W^T + b` for integers of 4 and 8 bits and float8_e4m3fn, x in bfloat16 or float16 and never quantized.
+    `y = x W^T + b` for integers of 4 and 8 bits and float8_e4m3fn, x in bfloat16 and never quantized.
 
     humming's batch-invariant kernels are used: its others split sums over K and add up the parts in the dtype of y.
     """

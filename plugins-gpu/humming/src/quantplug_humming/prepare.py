@@ -1,5 +1,5 @@
 """
-From canonical weights to humming's: codes as unsigned numbers in 32-bit words, scales in the dtype of x, then its own
+From canonical weights to humming's: codes as unsigned numbers in 32-bit words, scales in bfloat16, then its own
 `transform`. Everything that humming makes of a weight is kept under its names: `weight`, `weight_scale`, `zero_point`.
 """
 
