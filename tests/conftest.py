@@ -16,6 +16,10 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# What somebody measured on this machine has no part in what is tested.
+os.environ["QUANTPLUG_TIMINGS"] = "off"
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """Return an empty `Site` on the import path; what is imported from it is forgotten afterwards."""

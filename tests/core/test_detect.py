@@ -4,6 +4,7 @@ Looking at the machine: what is read, what is left alone, and what a broken prov
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -103,6 +104,14 @@ def test_this_very_machine_is_recognised():
     assert dict(found.versions)["torch"]
 
 
+def test_a_processor_is_known_by_its_model_and_the_threads_that_torch_takes(proc, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    named = proc(f"model name\t: Some CPU @ 2 GHz\n{X86}", MEMORY).detect()
+    assert named.device == "Some CPU @ 2 GHz, 3 threads"
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    assert re.fullmatch(r"\S+, [1-9]\d* threads", proc("", MEMORY).detect().device)
+
+
 def test_without_torch_there_is_no_version_of_it(proc, monkeypatch):
     from importlib import metadata
 
@@ -119,7 +128,7 @@ def test_without_a_driver_torch_is_not_touched(monkeypatch):
 
 
 def gpu(available: bool) -> SimpleNamespace:
-    device = SimpleNamespace(major=9, minor=0, total_memory=85_000_000_000)
+    device = SimpleNamespace(major=9, minor=0, total_memory=85_000_000_000, name="NVIDIA H100")
     cuda = SimpleNamespace(is_available=lambda: available, get_device_properties=lambda index: device)
     return SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="12.8"))
 
@@ -128,7 +137,7 @@ def test_a_gpu_is_what_torch_says_it_is(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", gpu(available=True))
     found = CudaProvider(signs=("/no/such/device", str(tmp_path))).detect()
     assert str(found) == "cuda:9.0"
-    assert (found.memory, found.features) == (85_000_000_000, frozenset())
+    assert (found.memory, found.features, found.device) == (85_000_000_000, frozenset(), "NVIDIA H100")
     assert found.versions == tuple(sorted(found.versions))
     assert dict(found.versions)["cuda"] == "12.8"
 

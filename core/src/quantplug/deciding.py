@@ -20,18 +20,25 @@ if TYPE_CHECKING:
     from quantplug.platform import Platform
     from quantplug.policy import Policy
     from quantplug.registry import Registry
+    from quantplug.timings import Timings
 
 
 class Decider:
     """Decides problems; equal ones under equal wishes are decided once."""
 
     def __init__(
-        self, platform: Platform, policy: Policy, registry: Registry, probes: Mapping[str, Rejected | None]
+        self,
+        platform: Platform,
+        policy: Policy,
+        registry: Registry,
+        probes: Mapping[str, Rejected | None],
+        timings: Timings,
     ) -> None:
         self._platform = platform
         self._policy = policy
         self._registry = registry
         self._probes = probes
+        self._timings = timings
         self._decided: dict[object, int] = {}
         self.decisions: list[Decision] = []
         """The distinct decisions so far."""
@@ -48,7 +55,9 @@ class Decider:
         wishes = tuple(rule for rule in self._policy.rules if rule.concerns(module))
         key = (problem, wishes)
         if key not in self._decided:
-            decision = select(problem, module, self._platform, self._registry, self._policy, self._probes)
+            decision = select(
+                problem, module, self._platform, self._registry, self._policy, self._probes, self._timings
+            )
             self._decided[key] = len(self.decisions)
             self.decisions.append(decision)
             self._warn_fallback(problem, module, decision)

@@ -4,6 +4,7 @@ The only code that looks at the machine.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class CpuProvider(PlatformProvider):
             features=_CPU_FEATURES.intersection(words.split()),
             memory=int(kilobytes[0]) * 1024 if kilobytes else None,
             versions=_torch_version(),
+            device=f"{self._value('cpuinfo', 'model name') or machine}, {_threads()} threads",
         )
 
     def _value(self, file: str, key: str) -> str:
@@ -99,6 +101,7 @@ class CudaProvider(PlatformProvider):
             f"{device.major}.{device.minor}",
             memory=device.total_memory,
             versions=(("cuda", str(torch.version.cuda)), *_torch_version()),
+            device=device.name,
         )
 
 
@@ -174,6 +177,15 @@ def _wrong(found: object, kind: str) -> str:
     return str(
         PluginError("QP-PLUG-CALL", "detect()", f"returned {shown}", expected=f"a Platform of kind {kind!r}, or None")
     )
+
+
+def _threads() -> int:
+    """Return how many threads torch uses unless it is told otherwise, without importing it."""
+    wish = os.environ.get("OMP_NUM_THREADS", "")
+    if wish.isdecimal() and int(wish) > 0:
+        return int(wish)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _torch_version() -> tuple[tuple[str, str], ...]:

@@ -20,6 +20,7 @@ _CODES: dict[str, str] = {
     "QP-PLUG-CONFLICT": "two plugins claim one name, or several could answer and none is named",
     "QP-PLUG-MISSING": "a plugin, scheme, kernel, dialect, platform or host that is asked for is not installed",
     "QP-PLUG-ALLOW": "QUANTPLUG_PLUGINS names a plugin that is not installed",
+    "QP-PLUG-RENAME": "rules that rename modules are malformed, or could be applied for ever",
     "QP-PLUG-CALL": "a plugin raised, or returned something of the wrong type, when it was asked",
     # config.json and its neighbours
     "QP-CFG-FILE": "a configuration file is missing, unreadable, too large or not a regular file",
@@ -60,6 +61,7 @@ _CODES: dict[str, str] = {
     "QP-PLAN-PIN": "a policy pins a kernel that cannot run the layer",
     "QP-PLAN-POLICY": "a policy is malformed or names what does not exist",
     "QP-PLAN-PLATFORM": "a platform is not known or not spelled as expected",
+    "QP-PLAN-TIMINGS": "measured times cannot be stored, or nothing can be measured",
     "QP-PLAN-JSON": "a serialized plan is malformed or of another version",
     "QP-PLAN-EXPERTS": "the experts of a layer cannot be brought to one contract without rounding",
     "QP-PLAN-MODEL": "the model's modules and the checkpoint's tensors do not belong together",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from quantplug.registry import Registry
     from quantplug.schemes import SchemeCache
     from quantplug.skip import SchemeRef
+    from quantplug.timings import Timings
 
 _WHOLE = {"embedding": "embeddings stay whole", "other": "not a linear layer"}
 
@@ -48,13 +49,14 @@ class LayerPlanner:
         policy: Policy,
         registry: Registry,
         probes: Mapping[str, Rejected | None],
+        timings: Timings,
         strict: bool,
     ) -> None:
         self.dtype = dtype
         self._matcher = matcher
         self._stored = stored
         self._settler = Settler(config, matcher, stored, registry, strict=strict)
-        self._decider = Decider(platform, policy, registry, probes)
+        self._decider = Decider(platform, policy, registry, probes, timings)
         self._experts = ExpertPlanner(self._settler, self._decider, stored, dtype)
 
     @property

@@ -25,6 +25,7 @@ from quantplug.platform import Platform
 from quantplug.plugins import registry as installed
 from quantplug.policy import Policy
 from quantplug.source import resolve_source
+from quantplug.timings import Timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -118,7 +119,7 @@ def _decide(
     matcher = _kept(lambda: Matcher(config.rules, config.default), found) or Matcher((), config.default)
     planner = LayerPlanner(
         config=config, matcher=matcher, stored=stored, platform=Platform.parse("cpu"), dtype=dtype, policy=Policy(),
-        registry=registry, probes={}, strict=False,
+        registry=registry, probes={}, timings=Timings(), strict=False,
     )  # fmt: skip
     decided = []
     for module in inventory:

@@ -33,12 +33,14 @@ class Candidate:
         plugin: the distribution it came from, "quantplug-core" for the reference kernel.
         verdict: its answer.
         policy: what a policy did to it ("preferred by …", "denied by …", "pinned by …"), or "".
+        measured: (rows M, microseconds) that were measured on this very machine, by rising rows; () when none were.
     """
 
     kernel: str
     plugin: str
     verdict: Verdict
     policy: str = ""
+    measured: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Decision:
         choices: by rising rows, without gaps.
         layout_id: the layout its weights are kept in.
         candidates: everyone who was asked, best first, with the answers.
-        basis: "estimated" or "measured".
+        basis: "measured" when measured times decided, else "estimated".
     """
 
     choices: tuple[Choice, ...]

@@ -22,15 +22,19 @@ from quantplug.platform import Platform
 from quantplug.plugins import registry as installed
 from quantplug.policy import Policy
 from quantplug.source import resolve_source
+from quantplug.timings import Timings
+from quantplug.timingstore import read_timings, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from quantplug.inventory import Inventory
     from quantplug.jsonio import Json
     from quantplug.kernel import Rejected
-    from quantplug.registry import Registry
+    from quantplug.moekernel import Kernel
+    from quantplug.plan import Decision
+    from quantplug.registry import Provided, Registry
     from quantplug.spec import ActivationSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -47,6 +51,7 @@ def plan(
     quantize: OnLoad | str | None = None,
     inventory: Inventory | None = None,
     strict: bool = False,
+    timings: Timings | None = None,
     registry: Registry | None = None,
 ) -> Plan:
     """
@@ -62,6 +67,8 @@ def plan(
         quantize: the wish to quantize dense weights while they are loaded, or just the name of the recipe.
         inventory: the modules of the model that will run; None takes them from the tensor names.
         strict: whether a rule that the stored tensors contradict is an error rather than a note.
+        timings: measured times of kernels; None reads those that `quantplug tune` left for this user. They play a part
+            in plans for the machine at hand only.
         registry: plugins to ask; None asks the installed ones.
 
     Raises:
@@ -84,6 +91,8 @@ def plan(
         platform = Platform.parse(platform)
     if probe:
         probes = probe_kernels(registry, platform)
+    if timings is None:
+        timings = read_timings(store_path()) if platform.device else Timings()
     stored = StoredModules(checkpoint)
     stored.unstack(inventory)
     matcher = Matcher(config.rules, config.default)
@@ -96,6 +105,7 @@ def plan(
         policy=Policy.from_environment() if policy is None else policy,
         registry=registry,
         probes=probes,
+        timings=timings,
         strict=strict,
     )
     planned = tuple(layers.plan(module) for module in inventory)
@@ -116,6 +126,8 @@ def plan(
             *config.notes,
             *layers.warnings,
             *report.warnings,
+            *([timings.warning] if timings.warning else []),
+            *_unmeasured(layers.decisions, registry),
         ),
         plugins=_taking_part(registry, layers),
     )
@@ -138,6 +150,21 @@ def activation_dtype(wish: str | None, model_config: Mapping[str, Json]) -> str:
             expected=f"one of {', '.join(DTYPES)}",
         )
     return str(named)
+
+
+def _unmeasured(decisions: Iterable[Decision], registry: Registry) -> list[str]:
+    """Return a warning about kernels that would fit where others were measured, and were not."""
+    names: set[str] = set()
+    for decision in decisions:
+        if decision.basis == "measured":
+            names |= {c.kernel for c in decision.candidates if isinstance(c.verdict, Accepted) and not c.measured}
+    last = {name for kernels in (registry.kernels, registry.moe_kernels) for name, p in kernels.items() if _is_last(p)}
+    lacking = sorted(names - last)
+    return [f"not measured, hence passed over: {', '.join(lacking)}; run `quantplug tune` again"] if lacking else []
+
+
+def _is_last(provided: Provided[Kernel]) -> bool:
+    return provided.item.traits.fallback
 
 
 def _kv_cache(spec: ActivationSpec | None, scales: tuple[str, ...]) -> KVCachePlan | None:

@@ -4,6 +4,7 @@ Which kernel runs a layer: everyone is asked, everyone's answer is kept, and the
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from quantplug.asking import ask
@@ -11,6 +12,7 @@ from quantplug.errors import PlanError
 from quantplug.kernel import Accepted, Cost, Rejected
 from quantplug.plan import Candidate, Choice, Decision
 from quantplug.spec import LinearProblem
+from quantplug.timings import time_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,9 +23,13 @@ if TYPE_CHECKING:
     from quantplug.platform import Platform
     from quantplug.policy import Policy
     from quantplug.registry import Provided, Registry
+    from quantplug.timings import Measurement, Timings
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of rows M at which kernels are compared; between two of them the lower one's choice holds."""
+
+_NOISE = 0.03
+"""What medians of one kernel differ by from one run to the next; a gain below it is no reason for another kernel."""
 
 
 def select(
@@ -33,12 +39,15 @@ def select(
     registry: Registry,
     policy: Policy,
     probes: Mapping[str, Rejected | None],
+    timings: Timings | None = None,
 ) -> Decision:
     """
     Choose the kernels of one layer.
 
-    The candidates are ordered by (policy, estimated cost of one row, name), last resorts behind all others. The first
-    gives the layout; for more rows, cheaper kernels that share that layout take over.
+    The candidates are ordered by (policy, measured time of one row, estimated cost of one row, name), last resorts
+    behind all others. The first gives the layout; for more rows, faster kernels that share that layout take over. Where
+    some candidates were measured, the others stand behind them: a measured time is kept rather than given up for a
+    claim.
 
     Args:
         problem: what is to run.
@@ -47,13 +56,18 @@ def select(
         registry: who can be asked.
         policy: the caller's wishes.
         probes: refusals found on this very machine, by kernel name; empty when planning for another.
+        timings: what was measured; what holds for another machine, or was measured with other versions, plays no part.
 
     Raises:
         PlanError: `QP-PLAN-PIN` when a pinned kernel refuses, `QP-PLAN-NOKERNEL` when all do; both carry every reason.
     """
     kernels = kernels_for(problem, registry)
+    measured = {} if timings is None else timings.of(problem, platform, kernels, registry)
     candidates = sorted(
-        (_ask(provided, problem, module, platform, policy, probes) for provided in kernels.values()),
+        (
+            _ask(provided, problem, module, platform, policy, probes, measured.get(name))
+            for name, provided in kernels.items()
+        ),
         key=lambda candidate: _rank(candidate, kernels),
     )
     accepted = [candidate for candidate in candidates if isinstance(candidate.verdict, Accepted)]
@@ -79,7 +93,11 @@ def select(
         )
     first = kernels[accepted[0].kernel].item
     same_layout = [c for c in accepted if kernels[c.kernel].item.layout_id == first.layout_id]
-    return Decision(_choices(same_layout, pinned=pin is not None), first.layout_id, tuple(candidates))
+    if pin is not None or accepted[0].policy:
+        return Decision((Choice(accepted[0].kernel),), first.layout_id, tuple(candidates))
+    if accepted[0].measured:
+        return Decision(_measured_choices(same_layout), first.layout_id, tuple(candidates), "measured")
+    return Decision(_estimated_choices(same_layout), first.layout_id, tuple(candidates))
 
 
 def describe_problem(problem: LinearProblem | MoEProblem) -> str:
@@ -102,6 +120,7 @@ def _ask(
     platform: Platform,
     policy: Policy,
     probes: Mapping[str, Rejected | None],
+    measurement: Measurement | None,
 ) -> Candidate:
     name = provided.item.name
     verdict = ask(provided.item, problem, platform)
@@ -116,29 +135,47 @@ def _ask(
             verdict = Rejected("policy", f"denied by {wish.origin}")
         elif pin is not None and not pin.names(name):
             verdict = Rejected("policy", f"{pin.kernels[0]} is pinned by {pin.origin}")
-    return Candidate(name, provided.plugin, verdict, said)
+        elif measurement is not None and measurement.wrong:
+            verdict = Rejected(
+                "probe", f"was wrong when it was measured: {measurement.wrong}", "report it to its maker"
+            )
+    accepted = isinstance(verdict, Accepted)
+    return Candidate(name, provided.plugin, verdict, said, measurement.us if measurement and accepted else ())
 
 
-def _rank(candidate: Candidate, kernels: Mapping[str, Provided[Kernel]]) -> tuple[bool, bool, bool, float, str]:
+def _rank(candidate: Candidate, kernels: Mapping[str, Provided[Kernel]]) -> tuple[bool, bool, bool, float, float, str]:
     verdict = candidate.verdict
     refused = isinstance(verdict, Rejected)
     return (
         refused,
         not candidate.policy.startswith(("pin", "prefer")),
         kernels[candidate.kernel].item.traits.fallback,
+        time_at(candidate.measured, 1) if candidate.measured else math.inf,
         0.0 if isinstance(verdict, Rejected) else verdict.cost.at(1),
         candidate.kernel,
     )
 
 
-def _choices(candidates: list[Candidate], *, pinned: bool) -> tuple[Choice, ...]:
-    if pinned or candidates[0].policy:
-        return (Choice(candidates[0].kernel),)
+def _estimated_choices(candidates: list[Candidate]) -> tuple[Choice, ...]:
+    best = [(rows, min(candidates, key=lambda c: (_cost(c).at(rows), c.kernel)).kernel) for rows in ROW_BUCKETS]
+    return _ranges(best)
+
+
+def _measured_choices(candidates: list[Candidate]) -> tuple[Choice, ...]:
+    """Return who was fastest from each measured number of rows on; who is so by less than repeats differ is not."""
+    times = {c.kernel: c.measured for c in candidates if c.measured}
     best: list[tuple[int, str]] = []
-    for rows in ROW_BUCKETS:
-        name = min(candidates, key=lambda c: (_cost(c).at(rows), c.kernel)).kernel
-        if not best or best[-1][1] != name:
-            best.append((rows, name))
+    for rows in sorted({rows for measured in times.values() for rows, _ in measured}):
+        name = min(times, key=lambda kernel: (time_at(times[kernel], rows), kernel))
+        if best and time_at(times[name], rows) > (1 - _NOISE) * time_at(times[best[-1][1]], rows):
+            name = best[-1][1]
+        best.append((rows, name))
+    return _ranges(best)
+
+
+def _ranges(best: list[tuple[int, str]]) -> tuple[Choice, ...]:
+    """Return the choices from (rows, the kernel from there on), by rising rows."""
+    best = [(rows, name) for n, (rows, name) in enumerate(best) if not n or best[n - 1][1] != name]
     ends = [start - 1 for start, _ in best[1:]]
     starts = [0] + [start for start, _ in best[1:]]
     return tuple(Choice(name, start, end) for (_, name), start, end in zip(best, starts, [*ends, None], strict=True))
