@@ -13,10 +13,12 @@ from quantplug.weight import Weight
 from quantplug_cpu.arrange import arrange_inputs
 from quantplug_cpu.checks import refuse_rounded
 from quantplug_cpu.fit import FAST_DTYPE, MANY_ROWS
+from quantplug_cpu.stacked import joined
 from quantplug_cpu.tiles import linear_by_tiles, packed_codes, packed_values
 
 if TYPE_CHECKING:
     from quantplug.weight import Prepared
+    from quantplug_cpu.stacked import Runs, Stack
 
 _FEW_ROWS = MANY_ROWS[1]
 _OPERATOR = torch.ops.aten._weight_int4pack_mm_for_cpu.default
@@ -40,6 +42,40 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
             y.add_(bias)
         return y.unsqueeze(0) if sequence else y
     return _multiply_any(x, prepared, bias)
+
+
+def multiply_stacked(x: torch.Tensor, runs: Runs, stack: Stack, bias: torch.Tensor | None) -> torch.Tensor:
+    """
+    Return `[P, N]` for x `[P, K]`, whose rows belong to one expert after the other.
+
+    Args:
+        x: in the problem's dtype.
+        runs: experts, each with its number of rows.
+        stack: packed experts, each of one part.
+        bias: `[E, N]` or None.
+    """
+    meta, dtype = stack.meta, x.dtype
+    planes, group, outputs = meta["planes"], meta["group.0"], meta["rows.0"]
+    packed, pairs = stack.views["packed.0"], stack.views.get("pairs.0")
+    many = 0 if x.requires_grad else meta["many"]
+    if pairs is None:
+        x, bias = x.to(torch.float32), None if bias is None else bias.to(torch.float32)
+    times = planes if many else 1
+    slots = _to_slots(x, stack, 0, planes=times)
+    products: list[torch.Tensor] = []
+    for (expert, count), rows in zip(runs, slots.split([count for _, count in runs]), strict=True):
+        if count < many and pairs is not None:
+            y = _OPERATOR(rows, packed[expert], group, pairs[expert])
+        else:
+            one = stack.one(expert)
+            # For the operator, two planes take x twice.
+            y = linear_by_tiles(
+                rows[:, : rows.shape[1] // times], packed[expert], _scales(one, 0), one.tensors.get("zeros.0"), planes
+            )
+        if meta["empty.0"]:
+            y = y[:, :outputs]
+        products.append(y if bias is None else y + bias[expert])
+    return joined(products).to(dtype)
 
 
 def _multiply_any(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantplug_cpu.ops import differentiate, register
+from quantplug_cpu.stacked import joined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantplug.weight import ActivationParams, Prepared, Weight
     from quantplug_cpu.checks import Place
+    from quantplug_cpu.stacked import Runs, Stack
 
 _TOP = 127.0
 
@@ -111,6 +113,24 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
         ]
         y = torch.cat(parts, dim=1)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def multiply_stacked(x: torch.Tensor, runs: Runs, stack: Stack, bias: torch.Tensor | None) -> torch.Tensor:
+    """
+    Return `[P, N]` for x `[P, K]`, whose rows belong to one expert after the other.
+
+    Args:
+        x: in the problem's dtype.
+        runs: experts, each with its number of rows.
+        stack: experts of the layout.
+        bias: `[E, N]` or None.
+    """
+    return joined(
+        [
+            multiply(rows, stack.one(expert), None if bias is None else bias[expert])
+            for (expert, _), rows in zip(runs, x.split([count for _, count in runs]), strict=True)
+        ]
+    )
 
 
 def quantized_linear(

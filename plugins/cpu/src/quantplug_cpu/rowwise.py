@@ -16,6 +16,7 @@ from quantplug_cpu.checks import check, place, refuse_rounded, survives
 from quantplug_cpu.fit import FAST_DTYPE
 from quantplug_cpu.int8 import STEP
 from quantplug_cpu.ops import differentiate, register
+from quantplug_cpu.stacked import joined
 from quantplug_cpu.tiles import tiles
 from quantplug_cpu.w8a8 import takes
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from quantplug.spec import LinearProblem
     from quantplug.weight import ActivationParams, Prepared
     from quantplug_cpu.checks import Place
+    from quantplug_cpu.stacked import Runs, Stack
 
 _MANY_ROWS, _MANY_ROWS_LARGE = 24, 16
 _LARGE_WEIGHTS = 1 << 22
@@ -123,17 +125,43 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
     flat = x.squeeze(0) if sequence else x
     if meta["pad"]:
         flat = torch.nn.functional.pad(flat, (0, meta["pad"]))
-    if 0 < shape[-2] < meta["many"] and not x.requires_grad:
-        # The operator wants x contiguous, and takes no x without rows.
-        y = _OPERATOR(flat.contiguous(), tensors["codes.0"], tensors["scales.0"])
-        if bias is not None:
-            y.add_(bias)
-    elif prepared.problem.dtype == FAST_DTYPE:
-        y = linear_by_rows(flat, tensors["codes.0"], tensors["scales.0"], bias)
-    else:
-        bias = None if bias is None else bias.to(torch.float32)
-        y = linear_by_rows(flat.to(torch.float32), tensors["codes.0"], tensors["scales.0"], bias).to(x.dtype)
+    y = _multiply_rows(flat, tensors["codes.0"], tensors["scales.0"], bias, meta["many"])
     return y.unsqueeze(0) if sequence else y
+
+
+def multiply_stacked(x: torch.Tensor, runs: Runs, stack: Stack, bias: torch.Tensor | None) -> torch.Tensor:
+    """
+    Return `[P, N]` for x `[P, K]`, whose rows belong to one expert after the other.
+
+    Args:
+        x: in the problem's dtype.
+        runs: experts, each with its number of rows.
+        stack: experts of the layout.
+        bias: `[E, N]` or None.
+    """
+    codes, scales, many = stack.views["codes.0"], stack.views["scales.0"], stack.meta["many"]
+    if stack.meta["pad"]:
+        x = torch.nn.functional.pad(x, (0, stack.meta["pad"]))
+    return joined(
+        [
+            _multiply_rows(rows, codes[expert], scales[expert], None if bias is None else bias[expert], many)
+            for (expert, _), rows in zip(runs, x.split([count for _, count in runs]), strict=True)
+        ]
+    )
+
+
+def _multiply_rows(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, many: int
+) -> torch.Tensor:
+    """Return `[M, N]` for x `[M, K]`, K filled up: by the operator for less than `many` rows."""
+    if 0 < x.shape[0] < many and not x.requires_grad:
+        # The operator wants x contiguous, and takes no x without rows.
+        y: torch.Tensor = _OPERATOR(x.contiguous(), codes, scales)
+        return y if bias is None else y.add_(bias)
+    if x.dtype == torch.bfloat16:
+        return linear_by_rows(x, codes, scales, bias)
+    bias = None if bias is None else bias.to(torch.float32)
+    return linear_by_rows(x.to(torch.float32), codes, scales, bias).to(x.dtype)
 
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:

@@ -12,12 +12,14 @@ import torch
 from quantplug.spec import PerBlock, PerGroup, PerTensor
 from quantplug_cpu.checks import check_shapes, place
 from quantplug_cpu.rowwise import linear_by_rows
+from quantplug_cpu.stacked import joined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantplug.spec import LinearProblem
     from quantplug.weight import Prepared, Weight
+    from quantplug_cpu.stacked import Runs, Stack
 
 _PIECE_WEIGHTS = 1 << 19
 """Weights that are dequantized at once; the float32 temporaries are a few times as large."""
@@ -53,7 +55,29 @@ def prepare(problem: LinearProblem, segments: Sequence[Weight], layout_id: str, 
 
 def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `[..., N]` for x `[..., K]`."""
-    weight = prepared.tensors["weight"]
+    return _multiply_rows(x, prepared.tensors["weight"], bias)
+
+
+def multiply_stacked(x: torch.Tensor, runs: Runs, stack: Stack, bias: torch.Tensor | None) -> torch.Tensor:
+    """
+    Return `[P, N]` for x `[P, K]`, whose rows belong to one expert after the other.
+
+    Args:
+        x: in the problem's dtype.
+        runs: experts, each with its number of rows.
+        stack: experts of the layout.
+        bias: `[E, N]` or None.
+    """
+    weights = stack.views["weight"]
+    return joined(
+        [
+            _multiply_rows(rows, weights[expert], None if bias is None else bias[expert])
+            for (expert, _), rows in zip(runs, x.split([count for _, count in runs]), strict=True)
+        ]
+    )
+
+
+def _multiply_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if x.dtype == torch.float16:
         rows = x.numel() // x.shape[-1]
         if rows >= _FEW_ROWS:
