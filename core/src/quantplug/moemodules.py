@@ -4,12 +4,14 @@ The module that runs the routed experts of one layer.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantplug.errors import LoadError, QuantplugError, RunError
 from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX
+from quantplug.expertparameters import load_expert, stacked_parameters
 from quantplug.moe import MoEProblem
 from quantplug.moescheme import MoEScheme
 from quantplug.preparedmodule import PreparedModule, named_tensors
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from quantplug.expertrules import ExpertFiles, ExpertLayer
     from quantplug.expertweights import ExpertWeights, PreparedExperts
+    from quantplug.ledger import Ledger
     from quantplug.moekernel import MoEKernel
     from quantplug.plan import Choice, LayerPlan, Plan, Segment
     from quantplug.preparedmodule import SourceTensor
@@ -79,6 +82,58 @@ class QuantizedExperts(PreparedModule):
         count = len(self._experts.files.projections)
         first = 0 if self._experts.files.stacked else expert * count
         return slice(first, first + count)
+
+    # -- for frameworks with a loader of their own
+
+    def create_weights(self, ledger: Ledger) -> None:
+        """
+        Allocate the stored tensors as parameters, poisoned, for a framework's own loader to fill.
+
+        There is one for each projection and suffix, `[E, …]`, called `<projection>_<suffix>` ("gate_proj_qweight"). Its
+        `weight_loader(parameter, tensor, expert)` takes one expert's tensor and keeps the account.
+
+        Raises:
+            LoadError: `QP-LOAD-PREPARE` when experts are stored in different shapes, so that they cannot be stacked.
+        """
+        self._ledger = ledger
+        for name, one in stacked_parameters(self._layer, self._schemes, self.problem).items():
+            self._allocate(name, (self.problem.experts, *one.shape), tuple(getattr(torch, each) for each in one.dtypes))
+            parameter = self.get_parameter(name)
+            # Engines look for this attribute on the parameter; _allocate has set it for the whole of it.
+            whole = getattr(parameter, "weight_loader")  # noqa: B009
+            setattr(parameter, "weight_loader", partial(load_expert, whole, one))  # noqa: B010
+
+    def process_weights_after_loading(self, device: torch.device | str = "cpu") -> None:
+        """
+        Turn the filled parameters into the kernel's layout and drop them.
+
+        Raises:
+            LoadError: `QP-LOAD-UNFILLED` when the loader left elements unwritten; the parameters stay.
+            CheckpointError: `QP-ST-…` when their values are not what the format allows; the parameters stay.
+        """
+        if self._ledger is None:
+            raise RunError("QP-RUN-STATE", self.path, "create_weights was not called")
+        self._ledger.close(self.path)
+
+        def experts() -> Iterator[ExpertWeights]:
+            return (self.decode(expert, self._filled(expert)) for expert in range(self.problem.experts))
+
+        if self.prepared:
+            for _ in experts():
+                pass  # all of them are right before one is overwritten
+        self.install(experts(), device=device)
+        for name in list(self._parameters):
+            del self._parameters[name]
+        self._ledger = None
+
+    def _filled(self, expert: int) -> list[dict[str, torch.Tensor]]:
+        """Return one expert's stored tensors out of the parameters."""
+        names = [dict.fromkeys(suffix for suffix, _ in segment.tensors) for segment in self.segments_of(expert)]
+        bias = (BIAS_SUFFIX,) if self.problem.bias else ()
+        return [
+            {suffix: self.get_parameter(f"{projection}_{suffix}").data[expert] for suffix in (*suffixes, *bias)}
+            for projection, suffixes in zip(self.files.projections, names, strict=True)
+        ]
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
