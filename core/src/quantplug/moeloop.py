@@ -56,7 +56,10 @@ class LoopKernel(MoEKernel):
         return hash((LoopKernel, self.linear))
 
     def supports(self, problem: MoEProblem, platform: Platform) -> Verdict:
-        """Accept what the kernel for linear layers accepts for both products."""
+        """Accept what the kernel for linear layers accepts for both products; it quantizes both inputs or neither."""
+        for name in ("experts", "top_k", "hidden", "intermediate"):
+            if getattr(problem, name) < 1:
+                return Rejected("shape", f"{name} is {getattr(problem, name)}", "at least 1")
         if problem.router_weight_on_input and problem.top_k != 1:
             return Rejected("shape", f"top_k {problem.top_k} with the router's weight on the input", "top_k 1")
         first = ask(self.linear, problem.first, platform)
@@ -65,6 +68,14 @@ class LoopKernel(MoEKernel):
         second = ask(self.linear, problem.second, platform)
         if isinstance(second, Rejected):
             return second
+        if first.quantizes_x != second.quantizes_x:
+            alone = "x" if first.quantizes_x else "what lies between"
+            spec = problem.activation
+            return Rejected(
+                "activation",
+                f"{self.linear.name} would quantize {alone} alone to {spec.element if spec else 'another type'}",
+                "a kernel that quantizes what enters both products, or leaves both as they are",
+            )
         fixed, row = (first.cost.at(0) + second.cost.at(0), first.cost.at(1) + second.cost.at(1))
         casts = (*first.casts, *second.casts, Cast("gate_up", problem.dtype), Cast("expert", problem.dtype))
         return Accepted(
@@ -128,11 +139,11 @@ class LoopKernel(MoEKernel):
         if expert_map is not None:
             known = (topk_ids >= 0) & (topk_ids < len(expert_map))
             topk_ids = torch.where(known, expert_map[topk_ids.clamp(0, len(expert_map) - 1).long()], -1)
-        chosen = topk_ids.reshape(-1).to(torch.int64)
+        chosen = topk_ids.to(torch.int64)
         chosen = torch.where((chosen >= 0) & (chosen < problem.experts), chosen, problem.experts)
+        chosen, weights = _each_once(chosen, topk_weights, problem.experts)
         slots = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=problem.experts + 1).tolist()
-        weights = topk_weights.reshape(-1)
         y = torch.zeros(len(x), problem.hidden, dtype=torch.float32, device=x.device)
         start = 0
         for expert in range(problem.experts):
@@ -187,6 +198,22 @@ class LoopKernel(MoEKernel):
     def _firsts(self, problem: MoEProblem) -> tuple[LinearProblem, ...]:
         whole = problem.first.uniform or not self.linear.traits.uniform_segments
         return (problem.first,) if whole else split(problem.first)
+
+
+def _each_once(chosen: torch.Tensor, weights: torch.Tensor, nobody: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return slots `[M * T]` in which no row names an expert twice, and their weights.
+
+    A row's weights for one expert are added up in the first slot. So no row occurs twice where an expert's results are
+    added to y, which would happen in any order on a GPU.
+    """
+    import torch
+
+    if chosen.shape[1] > 1:
+        same = chosen[:, :, None] == chosen[:, None, :]
+        weights = torch.where(same, weights[:, None, :], 0.0).sum(-1)
+        chosen = torch.where(same.tril(-1).any(-1), nobody, chosen)
+    return chosen.reshape(-1), weights.reshape(-1)
 
 
 def _joined(first: Accepted, second: Accepted) -> tuple[str, ...]:

@@ -14,15 +14,14 @@ selects those that it is tried on.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from quantplug.kernel import Accepted
-from quantplug_testkit.conformance.case import Subject
 from quantplug_testkit.conformance.contract import ContractTests
+from quantplug_testkit.conformance.intact import assert_intact, standard_names
 from quantplug_testkit.conformance.prepare import PrepareTests
 from quantplug_testkit.conformance.problems import CATALOGUE, Hazard
 from quantplug_testkit.conformance.product import ProductTests
@@ -35,10 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CATALOGUE", "Hazard", "LinearKernelConformance", "standard_tests"]
 
-_SETTINGS = ("kernel", "platform", "device")
 
-
-class LinearKernelConformance(ContractTests, PrepareTests, ProductTests, RuntimeTests):
+class LinearKernelConformance(PrepareTests, ProductTests, RuntimeTests, ContractTests):
     """Subclass it, name it `Test…`, set `kernel`, and `platform` and `device` where they are not the CPU."""
 
     @pytest.fixture(autouse=True)
@@ -96,28 +93,9 @@ class LinearKernelConformance(ContractTests, PrepareTests, ProductTests, Runtime
 
         A test that cannot pass yet is overridden by one that calls it, under `@pytest.mark.xfail(reason="…")`.
         """
-        changed = [name for name in _STANDARD if not _is_intact(type(self), name)]
-        assert not changed, (
-            f"{type(self).__name__} changes {', '.join(changed)} of LinearKernelConformance; only a test may be "
-            "overridden, and only under xfail with a reason"
-        )
+        assert_intact(type(self), LinearKernelConformance)
 
 
 def standard_tests() -> tuple[str, ...]:
     """Return the names of the standard tests, in alphabetical order."""
-    return tuple(name for name in _STANDARD if name.startswith("test_"))
-
-
-_STANDARD = tuple(
-    sorted(name for name in dir(LinearKernelConformance) if not name.startswith("__") and name not in _SETTINGS)
-)
-
-
-def _is_intact(tests: type[Subject], name: str) -> bool:
-    found = inspect.getattr_static(tests, name)
-    if found is inspect.getattr_static(LinearKernelConformance, name):
-        return True
-    if not name.startswith("test_"):
-        return False
-    marks = getattr(found, "pytestmark", [])
-    return any(mark.name == "xfail" and mark.kwargs.get("reason") for mark in marks)
+    return tuple(name for name in standard_names(LinearKernelConformance) if name.startswith("test_"))

@@ -11,34 +11,49 @@ import numpy as np
 import torch
 
 from quantplug.kernel import Accepted, Cast, LinearKernel
-from quantplug.platform import Platform
 from quantplug_testkit.activation import quantized
-from quantplug_testkit.bounds import linear_bound
+from quantplug_testkit.bounds import CASTS, linear_bound
 from quantplug_testkit.canonical import segment_of, to_float64
 from quantplug_testkit.compare import assert_bitwise_equal, assert_within
-from quantplug_testkit.conformance.problems import CATALOGUE, Hazard
+from quantplug_testkit.conformance.asked import Asked
+from quantplug_testkit.conformance.problems import CATALOGUE, UNUSUAL, Hazard
 from quantplug_testkit.oracles.linear import fused_linear, linear
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from quantplug.platform import Platform
+    from quantplug.spec import LinearProblem, WeightSpec
     from quantplug_testkit.oracles.activation import Quantized
     from quantplug_testkit.oracles.canonical import Floats, Segment
 
 
-class Subject:
+class Subject(Asked):
     """
     What a vendor's conformance class states, and what the tests read of it.
 
     Attributes:
         kernel: the kernel under test.
-        platform: what it is asked to run on; it must be the machine at hand.
-        device: torch device that its weights and inputs lie on.
     """
 
     kernel: LinearKernel
-    platform: Platform = Platform.parse("cpu")
-    device: str = "cpu"
+    known_casts = CASTS
+
+    def questions(self) -> Sequence[LinearProblem]:
+        """Return the catalogue, and what is unusual."""
+        return (*(hazard.problem for hazard in CATALOGUE), *UNUSUAL)
+
+    def weights_of(self, problem: LinearProblem) -> Sequence[WeightSpec]:
+        """Return one contract per segment."""
+        return [segment.weight for segment in problem.segments]
+
+    def sizes_of(self, problem: LinearProblem) -> set[int]:
+        """Return K, N, and that of each segment."""
+        return {problem.in_features, problem.out_features, *(segment.out_features for segment in problem.segments)}
+
+    def words_of(self, code: str, problem: LinearProblem) -> set[str]:
+        """Return the number of segments where a refusal is about them."""
+        return {str(len(problem.segments))} if code == "segments" else set()
 
     def accepted(self) -> list[Hazard]:
         """

@@ -9,27 +9,19 @@ import math
 import re
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from quantplug.kernel import Accepted, Rejected, Traits
-from quantplug.spec import Granularity, LinearProblem, PerBlock, PerChannel, PerGroup, PerTensor
-from quantplug_testkit.bounds import ACCUMULATOR, CASTS
-from quantplug_testkit.conformance.case import Subject
-from quantplug_testkit.conformance.problems import CATALOGUE, DTYPES, PLATFORMS, UNUSUAL
+from quantplug_testkit.bounds import ACCUMULATOR
+from quantplug_testkit.conformance.asked import Asked
+from quantplug_testkit.conformance.platforms import DTYPES, PLATFORMS
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from quantplug.kernel import Verdict
     from quantplug.platform import Platform
-
-PROBLEMS: tuple[LinearProblem, ...] = (*(hazard.problem for hazard in CATALOGUE), *UNUSUAL)
-
-REASONS = (
-    "platform", "arch", "dtype", "element", "granularity", "shape", "act_order", "segments", "activation", "dependency",
-)  # fmt: skip
-"""Codes that `supports` may refuse with; the others belong to the core."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -50,7 +42,7 @@ _LOOKS = (
 )
 
 
-class ContractTests(Subject):
+class ContractTests(Asked):
     """`supports`, `probe` and the class attributes."""
 
     def test_name_layout_and_traits_are_well_formed(self) -> None:
@@ -64,7 +56,7 @@ class ContractTests(Subject):
     def test_supports_answers_every_question(self) -> None:
         """`supports` gives a verdict on any problem and any platform; it never raises."""
         for platform in (self.platform, *PLATFORMS):
-            for problem in PROBLEMS:
+            for problem in self.questions():
                 verdict = self._ask(problem, platform)
                 assert isinstance(verdict, (Accepted, Rejected)), (
                     f"supports({problem}, {platform}) returns {verdict!r}, neither Accepted nor Rejected"
@@ -72,7 +64,7 @@ class ContractTests(Subject):
 
     def test_supports_gives_the_same_answer_every_time(self) -> None:
         """A verdict does not depend on what was asked before."""
-        questions = [(problem, platform) for platform in (self.platform, *PLATFORMS) for problem in PROBLEMS]
+        questions = [(problem, platform) for platform in (self.platform, *PLATFORMS) for problem in self.questions()]
         first = [self._ask(*question) for question in questions]
         backwards = [self._ask(*question) for question in reversed(questions)]
         for question, one, other in zip(questions, first, reversed(backwards), strict=True):
@@ -87,7 +79,7 @@ class ContractTests(Subject):
                 original = getattr(_module(module), function)
                 watched[name] = stack.enter_context(mock.patch(name, side_effect=original))
             for platform in (self.platform, *PLATFORMS):
-                for problem in PROBLEMS:
+                for problem in self.questions():
                     self._ask(problem, platform)
             called = [name for name, watcher in watched.items() if watcher.called]
         assert not called, f"supports calls {', '.join(called)}"
@@ -95,7 +87,7 @@ class ContractTests(Subject):
     def test_supports_imports_nothing_foreign(self) -> None:
         """Asking loads no vendor package."""
         before = set(sys.modules)
-        for problem in PROBLEMS:
+        for problem in self.questions():
             self._ask(problem, self.platform)
         own = type(self.kernel).__module__.partition(".")[0]
         loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
@@ -106,7 +98,7 @@ class ContractTests(Subject):
 
     def test_accepting_is_well_formed(self) -> None:
         """An acceptance carries a finite cost, known casts and a byte count."""
-        for problem in PROBLEMS:
+        for problem in self.questions():
             verdict = self._ask(problem, self.platform)
             if not isinstance(verdict, Accepted):
                 continue
@@ -115,7 +107,7 @@ class ContractTests(Subject):
             assert all(math.isfinite(cost) and cost >= 0 for cost in costs), f"cost is not finite and >= 0 {about}"
             assert sum(costs) > 0, f"a call that costs nothing {about}"
             names = [cast.what for cast in verdict.casts]
-            assert set(names) <= set(CASTS), f"casts other than {', '.join(CASTS)} {about}"
+            assert set(names) <= set(self.known_casts), f"casts other than {', '.join(self.known_casts)} {about}"
             assert len(set(names)) == len(names), f"a cast declared twice {about}"
             dtypes = {cast.dtype for cast in verdict.casts}
             assert dtypes <= {*DTYPES, ACCUMULATOR}, f"a cast to an unknown dtype {about}"
@@ -126,10 +118,10 @@ class ContractTests(Subject):
     def test_refusing_names_the_offending_value(self) -> None:
         """A refusal has a stable code and a reason that contains the value that does not fit."""
         for platform in (self.platform, *PLATFORMS):
-            for problem in PROBLEMS:
+            for problem in self.questions():
                 verdict = self._ask(problem, platform)
                 if isinstance(verdict, Rejected):
-                    _check_refusal(verdict, problem, platform)
+                    self._check_refusal(verdict, problem, platform)
 
     def test_accepts_something_on_its_platform(self) -> None:
         """A kernel that refuses the whole catalogue is tested by nothing."""
@@ -140,62 +132,17 @@ class ContractTests(Subject):
         refusal = self.kernel.probe(self.platform)
         assert refusal is None, f"probe({self.platform}) refuses: {refusal}"
 
-    def _ask(self, problem: LinearProblem, platform: Platform) -> Verdict:
+    def _ask(self, problem: Any, platform: Platform) -> Verdict:
         return self.kernel.supports(problem, platform)
 
-
-def _check_refusal(verdict: Rejected, problem: LinearProblem, platform: Platform) -> None:
-    about = f"for {problem} on {platform}: {verdict}"
-    assert verdict.code in REASONS, f"a code other than {', '.join(REASONS)} {about}"
-    assert isinstance(verdict.fix, str), f"fix is not a text {about}"
-    values = _offending(verdict.code, problem, platform)
-    assert any(re.search(rf"(?<![\w.]){re.escape(value)}(?![\w])", verdict.reason) for value in values), (
-        f"the reason contains none of {', '.join(sorted(values)) or 'the values'} {about}"
-    )
-
-
-def _offending(code: str, problem: LinearProblem, platform: Platform) -> set[str]:
-    """The values of a problem that a refusal with that code may be about; one of them must be named."""
-    specs = [segment.weight for segment in problem.segments]
-    match code:
-        case "platform":
-            return {platform.kind, str(platform)}
-        case "arch":
-            return {platform.arch or platform.kind, str(platform), *platform.features}
-        case "dtype":
-            factors = {"global scale"} if any(spec.global_scale for spec in specs) else set()
-            return {problem.dtype, *(spec.scale_dtype for spec in specs)} | factors
-        case "element":
-            return {str(spec.element) for spec in specs} | {str(spec.element.bits) for spec in specs}
-        case "granularity":
-            return {name for spec in specs for name in _granularity_names(spec.granularity)}
-        case "shape":
-            sizes = {problem.in_features, problem.out_features, *(s.out_features for s in problem.segments)}
-            return {str(size) for size in sizes}
-        case "act_order":
-            return {"act-order", "act_order", "g_idx"}
-        case "segments":
-            return {str(len(problem.segments)), *(spec.describe() for spec in specs)}
-        case "activation":
-            if problem.activation is None:
-                return {"none", "weight-only"}
-            return {problem.activation.element, problem.activation.granularity}
-        case "dependency":
-            return {text for version in platform.versions for text in version}
-        case _:
-            return set()
-
-
-def _granularity_names(granularity: Granularity) -> set[str]:
-    match granularity:
-        case PerTensor():
-            return {"per tensor", "PerTensor", "tensor"}
-        case PerChannel():
-            return {"per channel", "PerChannel", "channel"}
-        case PerGroup(size=size):
-            return {str(size)}
-        case PerBlock(n=n, k=k):
-            return {str(n), str(k)}
+    def _check_refusal(self, verdict: Rejected, problem: Any, platform: Platform) -> None:
+        about = f"for {problem} on {platform}: {verdict}"
+        assert verdict.code in self.reasons, f"a code other than {', '.join(self.reasons)} {about}"
+        assert isinstance(verdict.fix, str), f"fix is not a text {about}"
+        values = self.offending(verdict.code, problem, platform)
+        assert any(re.search(rf"(?<![\w.]){re.escape(value)}(?![\w])", verdict.reason) for value in values), (
+            f"the reason contains none of {', '.join(sorted(values)) or 'the values'} {about}"
+        )
 
 
 def _module(name: str) -> ModuleType:

@@ -22,8 +22,7 @@ from quantplug.spec import (
 from quantplug.weight import ActivationParams, Weight
 from quantplug_testkit.activation import make_activation
 from quantplug_testkit.canonical import Scales, Zeros, make_weight
-
-DTYPES = ("bfloat16", "float16", "float32")
+from quantplug_testkit.conformance.platforms import DTYPES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ A kernel is tried on those that its own `supports` accepts: claiming less in the
 
 from __future__ import annotations
 
-from quantplug.platform import Platform
 from quantplug.spec import ActivationSpec, ElementType, LinearProblem, SegmentSpec
 from quantplug_testkit.conformance.activations import ACTIVATIONS
 from quantplug_testkit.conformance.floats import FLOATS
-from quantplug_testkit.conformance.hazard import DTYPES, Hazard, weight
+from quantplug_testkit.conformance.hazard import Hazard, weight
 from quantplug_testkit.conformance.integers import INTEGERS
+from quantplug_testkit.conformance.platforms import DTYPES, PLATFORMS
 
 __all__ = ["CATALOGUE", "DTYPES", "PLATFORMS", "UNUSUAL", "Hazard"]
 
@@ -35,20 +35,3 @@ UNUSUAL: tuple[LinearProblem, ...] = (
     LinearProblem(128, (SegmentSpec(64, weight("uint4", 32, scale_dtype="float8_e4m3fn")),), "bfloat16"),
 )
 """Problems that a kernel is asked about and never has to run."""
-
-PLATFORMS: tuple[Platform, ...] = tuple(
-    Platform.parse(text)
-    for text in (
-        "cpu",
-        "cpu:x86_64",
-        "cpu:aarch64",
-        "cuda",
-        "cuda:8.0",
-        "cuda:9.0",
-        "cuda:12.0",
-        "npu:910b",
-        "xpu",
-        "abacus:7",
-    )
-)
-"""Platforms that a kernel is asked about, most of which are not at hand."""
