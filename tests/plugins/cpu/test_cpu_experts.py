@@ -344,9 +344,24 @@ def test_what_is_rounded_is_that_of_both_products_and_between(kernel: StackedKer
 
 
 @EACH
-def test_experts_are_cheaper_in_stacks_than_in_the_loop(kernel: StackedKernel, kind: WeightSpec) -> None:
-    asked = problem(kind, top_k=8, experts=64)
+@pytest.mark.parametrize("top_k", [1, 8])
+def test_experts_are_cheaper_in_stacks_than_in_the_loop(kernel: StackedKernel, kind: WeightSpec, top_k: int) -> None:
+    asked = problem(kind, top_k=top_k, experts=64)
     stacked, looped = kernel.supports(asked, CPU), LoopKernel(kernel.linear).supports(asked, CPU)
     assert isinstance(stacked, Accepted)
     assert isinstance(looped, Accepted)
     assert stacked.cost.at(1) < looped.cost.at(1)
+
+
+def test_a_call_costs_what_its_active_experts_cost() -> None:
+    """Those that are held do not count until there are rows for all of them, and then it is rows that count."""
+
+    def cost(experts: int, rows: int) -> float:
+        verdict = Int4Experts().supports(problem(INT4, top_k=2, experts=experts), CPU)
+        assert isinstance(verdict, Accepted)
+        return verdict.cost.at(rows)
+
+    assert cost(64, 1) == cost(128, 1)
+    assert cost(64, 8) < 8 * cost(64, 1)
+    assert cost(64, 256) < 0.6 * cost(128, 256)
+    assert cost(64, 1 << 20) < cost(128, 1 << 20) < 1.05 * cost(64, 1 << 20)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from quantplug.platform import Platform
     from quantplug.spec import ActivationSpec, LinearProblem
 
-# What a call costs beside the products, and an expert beside its two; see benchmarks/README.md.
-_CALL_US = 60.0
+# What a call takes beside the products, and an expert beside its two: measured with products of next to no size.
+_CALL_US = 50.0
 _EXPERT_US = 5.0
 
 
@@ -56,10 +56,9 @@ class StackedKernel(MoEKernel):
                 return Rejected(verdict.code, f"{where}: {verdict.reason}", verdict.fix.replace("cpu.", "cpu.moe."))
             verdicts.append(verdict)
         one, two = verdicts
-        fixed, row = one.cost.fixed_us + two.cost.fixed_us, one.cost.row_us + two.cost.row_us
         casts = (*one.casts, *two.casts, Cast("gate_up", problem.dtype), Cast("expert", problem.dtype))
         return Accepted(
-            Cost(_CALL_US + problem.top_k * (fixed + _EXPERT_US), problem.top_k * row),
+            _cost(problem, one.cost.plus(two.cost)),
             casts=tuple(dict.fromkeys(casts)),
             extra_bytes=problem.experts * (one.extra_bytes + two.extra_bytes),
             notes=tuple(dict.fromkeys((*one.notes, *two.notes))),
@@ -196,6 +195,22 @@ class DenseExperts(StackedKernel):
     name = "cpu.moe.dense"
     layout_id = "cpu.moe.dense"
     linear = DenseKernel()
+
+
+def _cost(problem: MoEProblem, expert: Cost) -> Cost:
+    """
+    Return the cost of a call, from that of both products of one expert.
+
+    Few rows choose an expert each; of many, every expert has its share.
+    """
+    row = problem.top_k * (_EXPERT_US + expert.fixed_us + expert.row_us)
+    return Cost(_CALL_US, row, _every_expert(problem, expert))
+
+
+def _every_expert(problem: MoEProblem, expert: Cost) -> Cost:
+    many = None if expert.many is None else _every_expert(problem, expert.many)
+    fixed = _CALL_US + problem.experts * (_EXPERT_US + expert.fixed_us)
+    return Cost(fixed, problem.top_k * expert.row_us, many)
 
 
 def _per_token(activation: ActivationSpec) -> bool:
