@@ -35,7 +35,7 @@ def between(product: torch.Tensor, function: ExpertFunction) -> torch.Tensor:
 def _named(z: torch.Tensor, name: FunctionName, alpha: float) -> torch.Tensor:
     match name:
         case "silu":
-            return z * torch.sigmoid(alpha * z)
+            return torch.nn.functional.silu(z) if alpha == 1 else z * torch.sigmoid(alpha * z)
         case "gelu":
             return torch.nn.functional.gelu(z)
         case "gelu_tanh":
