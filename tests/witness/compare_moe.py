@@ -11,6 +11,7 @@ weights that are n units apart may cost n times that.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def pairs(
-    loaded: LoadedLayers, decoded: Mapping[str, torch.Tensor], interleaved: bool
+    loaded: LoadedLayers, decoded: Mapping[str, torch.Tensor], *, interleaved: bool
 ) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor | None]]:
     """Yield (name, our values, the tool's values); None where one of them has a module whole."""
     of_tool = by_expert(decoded, interleaved=interleaved)
@@ -50,10 +51,10 @@ def compare_moe(root: Path, name: str) -> dict[str, Any]:
     """Return the figures of one checkpoint."""
     directory = root / "ckpt" / name
     decoded = load_file(root / "decompressed" / f"{name}.safetensors")
-    interleaved = any(key.endswith("_blocks") for key in load_file(directory / "model.safetensors"))
+    family = json.loads((root / "facts" / f"{name}.json").read_text())["family"]
     loaded = load_layers(plan(directory, dtype="float32", policy=reference_only()), directory)
     distance, alone = 0, []
-    for key, ours, theirs in pairs(loaded, decoded, interleaved):
+    for key, ours, theirs in pairs(loaded, decoded, interleaved=family.startswith("gpt-oss")):
         if ours is None or theirs is None:
             alone.append(key)
         else:

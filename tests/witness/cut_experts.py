@@ -49,7 +49,7 @@ def cut(out: Path, name: str) -> dict[str, Any]:
             elif key.endswith(".weight") and key.removesuffix(".weight") not in whole and "self_attn" not in key:
                 tensors[key] = {"dtype": file.get_slice(key).get_dtype(), "shape": file.get_slice(key).get_shape()}
     decoded = load_file(out / "decompressed" / f"{name}.safetensors")
-    interleaved = any(key.endswith("_blocks") for key in names)
+    family = json.loads((out / "facts" / f"{name}.json").read_text())["family"]
     return {
         "config": json.loads((checkpoint / "config.json").read_text()),
         "tensors": tensors,
@@ -58,7 +58,7 @@ def cut(out: Path, name: str) -> dict[str, Any]:
                 [digest(torch.cat([parts["gate_proj"], parts["up_proj"]])), digest(parts["down_proj"])]
                 for _, parts in sorted(experts.items())
             ]
-            for container, experts in by_expert(decoded, interleaved=interleaved).items()
+            for container, experts in by_expert(decoded, interleaved=family.startswith("gpt-oss")).items()
         },
     }
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 TOKENS = 48
 CHOICES = 16
 CALIBRATION = 64
-WEIGHT_PARTS = "packed", "scale", "shape", "zero_point", "global_scale", "scale_inv"
+WEIGHT_PARTS = "packed", "scale", "shape", "zero_point", "global_scale", "scale_inv", "scale_2"
 INPUT_PARTS = "scale", "zero_point", "global_scale"
+STACKED_PARTS = "scale_inv", "blocks", "scales", "weight_scale", "weight_scale_2", "input_scale"
 OWN_PARTS = {*(f"weight_{part}" for part in WEIGHT_PARTS), *(f"input_{part}" for part in INPUT_PARTS)}
 OWN_PARTS |= {"qweight", "qzeros", "scales", "g_idx"}
-OWN_PARTS |= {f"{name}_{part}" for name in ("gate_up_proj", "down_proj") for part in ("scale_inv", "blocks", "scales")}
+OWN_PARTS |= {f"{name}_{part}" for name in ("gate_up_proj", "down_proj") for part in STACKED_PARTS}
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
