@@ -114,21 +114,34 @@ class ExpertContainers:
         )
 
     def _function(self) -> ExpertFunction:
-        function, rules = self._rules.function, self._rules
-        for part in self._parts():
-            limit = part.get(rules.limit_field) if rules.limit_field else None
-            if isinstance(limit, (int, float)) and not isinstance(limit, bool):
-                function = replace(function, limit=float(limit))
-            value = part.get(rules.function_field) if rules.function_field else None
-            if value is None:
-                continue
-            if not isinstance(value, str) or value not in _FUNCTIONS:
-                raise ConfigError(
-                    "QP-CFG-FIELD", f"{CONFIG_FILE}: {rules.function_field}", f"is {describe_json(value)}",
-                    expected=f"one of {', '.join(_FUNCTIONS)}",
-                )  # fmt: skip
-            return replace(function, name=_FUNCTIONS[value])
-        return function
+        rules, function = self._rules, self._rules.function
+        limit, alpha = self._measure(rules.limit_field), self._measure(rules.alpha_field)
+        function = function if limit is None else replace(function, limit=limit)
+        function = function if alpha is None else replace(function, alpha=alpha)
+        value = self._field(rules.function_field)
+        if value is None:
+            return function
+        if not isinstance(value, str) or value not in _FUNCTIONS:
+            raise ConfigError(
+                "QP-CFG-FIELD", f"{CONFIG_FILE}: {rules.function_field}", f"is {describe_json(value)}",
+                expected=f"one of {', '.join(_FUNCTIONS)}",
+            )  # fmt: skip
+        return replace(function, name=_FUNCTIONS[value])
+
+    def _measure(self, key: str) -> float | None:
+        """Return a positive number of config.json, None where it says nothing."""
+        value = self._field(key)
+        if value is None:
+            return None
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(
+                "QP-CFG-FIELD", f"{CONFIG_FILE}: {key}", f"is {describe_json(value)}", expected="a positive number"
+            )
+        return float(value)
+
+    def _field(self, key: str) -> Json:
+        """Return what config.json says under a key, None where it says nothing; a text model's own part counts last."""
+        return next((part[key] for part in self._parts() if key and part.get(key) is not None), None)
 
     def _parts(self) -> list[Mapping[str, Json]]:
         parts = (self._config, self._config.get("text_config"))

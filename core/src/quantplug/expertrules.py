@@ -115,6 +115,7 @@ class ExpertRules:
         function: what lies between the products.
         function_field: name of the field that names the function on the gate, "" where the family always has the same.
         limit_field: name of the field with its limit, or "".
+        alpha_field: name of the field with its factor within the sigmoid, or "".
         router_weight_on_input: whether the router's weight multiplies x.
         shared: name of the projections' parent (beside the container) that an engine may run as one more expert, or "".
     """
@@ -126,6 +127,7 @@ class ExpertRules:
     function: ExpertFunction = field(default_factory=ExpertFunction)
     function_field: str = "hidden_act"
     limit_field: str = ""
+    alpha_field: str = ""
     router_weight_on_input: bool = False
     shared: str = ""
 

@@ -46,7 +46,7 @@ class ModuleInfo:
             For experts the path of every projection of every expert, as `ExpertFiles.projections` orders them, expert
             by expert; for stacked ones just the projections.
         tied_to: path of the module that owns this one's weight, or "".
-        head: whether it is the output head (the last linear layer, onto the vocabulary).
+        head: whether it is an output head (a linear layer onto the vocabulary).
         experts: what kind of experts, for that kind of module.
         router: whether it is a linear layer that chooses experts.
         extras: names of further stored tensors that a linear module owns, besides its weight and bias.
@@ -111,18 +111,19 @@ def inventory_of(
         ConfigError: `QP-CFG-FIELD` when there are experts and config.json does not say how many.
     """
     stored = StoredModules(checkpoint)
-    rules = _architecture(model_config, registry)
+    rules = architecture_of(model_config, registry)
     marks = _marks(config, registry)
     containers = ExpertContainers(stored, rules.experts, model_config)
     places = dict.fromkeys(containers.place(path) for path in stored.paths)
     modules = [_experts(path, containers) or _module(path, stored, rules, marks) for path in _model_order(places)]
-    modules.sort(key=lambda module: module.head)
-    if not any(module.head for module in modules) and _is_tied(model_config):
+    modules.sort(key=_is_last)
+    if not any(map(_is_last, modules)) and _is_tied(model_config):
         modules += _tied_head(modules, stored, rules)
     return Inventory(tuple(modules))
 
 
-def _architecture(model_config: Mapping[str, Json], registry: Registry) -> Architecture:
+def architecture_of(model_config: Mapping[str, Json], registry: Registry) -> Architecture:
+    """Return the name rules of a model's family; raises `PluginError` (`QP-PLUG-CONFLICT`)."""
     for config in (model_config, model_config.get("text_config")):
         model_type = config.get("model_type") if isinstance(config, Mapping) else None
         described = registry.architecture_for(model_type) if isinstance(model_type, str) else None
@@ -166,10 +167,20 @@ def _module(path: str, stored: StoredModules, rules: Architecture, marks: frozen
         class_name="Linear",
         shape=None if quantized or weight is None else LinearShape(*weight.shape),
         bias=BIAS_SUFFIX in tensors,
-        head=_ends_with(path, rules.heads) and not any(part.isdecimal() for part in path.split(".")),
+        head=_ends_with(path, rules.layer_heads if _in_layer(path) else rules.heads),
         router=_ends_with(path, rules.routers),
         extras=tuple(name for name in rules.extras if name in tensors),
     )
+
+
+def _is_last(module: ModuleInfo) -> bool:
+    """Whether a module is the model's own head, not that of a layer which drafts."""
+    return module.head and not _in_layer(module.path)
+
+
+def _in_layer(path: str) -> bool:
+    """Whether a path leads into a numbered layer."""
+    return any(part.isdecimal() for part in path.split("."))
 
 
 def _ends_with(path: str, suffixes: tuple[str, ...]) -> bool:

@@ -109,7 +109,7 @@ class LayerPlanner:
         notes = [note for _, note in settled.values() if note]
         if None in uses:
             return self._tied(module) if module.tied_to else self._dense(module, rule, *notes)
-        return self._quantized(module, [(name, use) for name, (use, _) in settled.items() if use], rule, notes)
+        return self._quantized(module, [(name, use) for name in names if (use := settled[name][0])], rule, notes)
 
     def _quantized(
         self, module: ModuleInfo, shards: list[tuple[str, SchemeRef]], rule: str, notes: list[str]

@@ -4,12 +4,10 @@ Configurations whose method is mxfp8 or mxfp4: as writers spell them, each field
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from mx_files import MX_ACTIVATION
 
-from quantplug.config import RawConfig, resolve_config
+from quantplug.config import RawConfig
 from quantplug.errors import ConfigError
 from quantplug.inventory import ModuleInfo
 from quantplug.matcher import Matcher
@@ -152,14 +150,15 @@ def test_fields_that_cannot_be_are_refused_with_their_place(fields, code, words)
         {"model_type": "other_moe", "text_config": {"n_routed_experts": 256}},
     ],
 )
-def test_experts_in_mxfp4_are_refused_in_words(model, tmp_path):
-    """Their tensors hold all experts of a layer and would otherwise pass for modules of some other kind."""
-    (tmp_path / "config.json").write_text(json.dumps({**model, "quantization_config": GPT_OSS}))
-    registry = build_registry({"quantplug-mx": plugin})
-    with pytest.raises(ConfigError, match=r"`\*_blocks` and `\*_scales` .* not read yet.*dequantize=True") as caught:
-        resolve_config(tmp_path, registry)
-    assert caught.value.code == "QP-CFG-REFUSED"
-    assert caught.value.where == "config.json: quantization_config.quant_method"
+def test_mxfp4_of_a_model_with_experts_concerns_its_experts_only(model):
+    """Whatever the lists leave out: who writes this method quantizes nothing else."""
+    config = parse(MXFP4Dialect(), {"quant_method": "mxfp4"}, model)
+    assert config.default is None
+    assert ruling(config, "model.layers.3.mlp.experts") == MXFP4
+    assert ruling(config, "model.layers.3.self_attn.q_proj") is None
+    assert ruling(config, "model.layers.3.mlp.no_experts") is None
+    skipping = parse(MXFP4Dialect(), {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.3"]}, model)
+    assert ruling(skipping, "model.layers.3.mlp.experts") is None
 
 
 @pytest.mark.parametrize("model", [{}, {"num_local_experts": 1}, {"num_experts": None}, {"text_config": None}])

@@ -4,6 +4,7 @@ Configurations whose `quant_method` is `mxfp8` or `mxfp4`; other methods that us
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantplug.config import Dialect, Field, QuantConfig
@@ -33,6 +34,8 @@ _MEANING = ("modules_to_convert", "kv_cache_scheme", "kv_cache_quant_algo", "con
 """Keys that would change what is stored, unless they say nothing."""
 # Layers may have an `output` of their own, so only the model's counts.
 _HEADS = (("lm_head", EntryKind.SUFFIX), ("embed_out", EntryKind.SUFFIX), ("output", EntryKind.EXACT))
+_EXPERTS = "experts"
+"""What experts are called below a layer."""
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -74,10 +77,11 @@ class MXFP8Dialect(Dialect):
 
 class MXFP4Dialect(Dialect):
     """
-    Reads MXFP4 configurations of models without experts.
+    Reads MXFP4 configurations.
 
-    Who writes this method quantizes experts and nothing else, in tensors that hold all experts of a layer; those are
-    refused here, in words. In a model without experts, the tensors say which linear layers are quantized.
+    Who writes this method quantizes the experts of a model and nothing else, in tensors that hold all experts of a
+    layer; which those are, the rules of the model's family say. In a model without experts, the tensors say which
+    linear layers are quantized.
     """
 
     name = "mxfp4"
@@ -88,20 +92,15 @@ class MXFP4Dialect(Dialect):
         Turn the lists into rules.
 
         Raises:
-            ConfigError: `QP-CFG-REFUSED` for a model with experts; `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-SKIP-PATTERN`.
+            ConfigError: `QP-CFG-FIELD`, `QP-CFG-UNKNOWN`, `QP-SKIP-PATTERN`.
         """
-        counted = _experts(raw.model)
-        if counted:
-            raise ConfigError(
-                "QP-CFG-REFUSED",
-                raw.origin("quant_method"),
-                f"is mxfp4 for a model with experts ({counted}), whose weights are then stored as `*_blocks` and "
-                "`*_scales` of all experts together; experts in that form are not read yet",
-                expected="a model without experts, or dense weights",
-                fix="Use a copy in bfloat16: Transformers writes one when the model is loaded with "
-                "Mxfp4Config(dequantize=True) and saved.",
-            )
-        return _config(self, raw, MXFP4Scheme.name, {"scale_name": EITHER}, {})
+        config = _config(self, raw, MXFP4Scheme.name, {"scale_name": EITHER}, {})
+        if not _has_experts(raw.model):
+            return config
+        entry = Entry(
+            _EXPERTS, EntryKind.COMPONENT, _EXPERTS, "mxfp4: experts are quantized, all else is not", implied=True
+        )
+        return replace(config, default=None, rules=(*config.rules, Rule(entry, config.default)))
 
 
 def _config(
@@ -142,12 +141,8 @@ def _config(
     )
 
 
-def _experts(model: Mapping[str, Json]) -> str:
-    """Return what says in config.json that a model has experts, or ""."""
-    for place, config in (("", model), ("text_config.", model.get("text_config"))):
-        if isinstance(config, dict):
-            for key in _EXPERT_COUNTS:
-                count = config.get(key)
-                if isinstance(count, int) and count > 1:
-                    return f"{place}{key} is {count}"
-    return ""
+def _has_experts(model: Mapping[str, Json]) -> bool:
+    """Whether config.json counts more than one expert."""
+    parts = [part for part in (model, model.get("text_config")) if isinstance(part, dict)]
+    counts = [part.get(key) for part in parts for key in _EXPERT_COUNTS]
+    return any(isinstance(count, int) and count > 1 for count in counts)

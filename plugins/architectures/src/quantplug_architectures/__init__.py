@@ -1,0 +1,1 @@
+"""Name rules of model families for quantplug, as data."""
