@@ -8,12 +8,12 @@ Write checkpoints with NVIDIA's ModelOpt, dense ones and mixtures of experts, an
         transformers==5.14.1 accelerate datasets requests
     OMP_NUM_THREADS=1 /tmp/witness/venvs/mo/bin/python tests/witness/make_modelopt.py /tmp/witness [NAME ...]
 
-The dense models are SmolLM2's first two layers (the other scripts leave `dense-4l` to be cut) and those of moe_models.py.
-Checkpoints go to OUT/ckpt/NAME, the decoded weights in float32 to OUT/decompressed/NAME.safetensors (by the methods of
-its tensor classes, given what the file holds), and facts about experts to OUT/facts/NAME.json.
+The dense models are SmolLM2's first two layers (the other scripts leave `dense-4l` to be cut) and those of
+moe_models.py. Checkpoints go to OUT/ckpt/NAME, the decoded weights in float32 to OUT/decompressed/NAME.safetensors (by
+the methods of its tensor classes, given what the file holds), and facts about experts to OUT/facts/NAME.json.
 
-On a CPU it cannot run the searches of AWQ and SVDQuant for NVFP4. Its int4 files are not decoded (it has no way back), nor
-is SmoothQuant's, whose weights mean nothing without `pre_quant_scale`.
+On a CPU it cannot run the searches of AWQ and SVDQuant for NVFP4. Its int4 files are not decoded (it has no way back),
+nor is SmoothQuant's, whose weights mean nothing without `pre_quant_scale`.
 """
 
 from __future__ import annotations
