@@ -32,8 +32,8 @@ def spelled(tensor: torch.Tensor, dtype: str) -> dict[str, Any]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 of a tensor's float32 values."""
-    return hashlib.sha256(tensor.to(torch.float32).contiguous().numpy().tobytes()).hexdigest()
+    """Return the SHA-256 of a tensor's float32 values, of which zero has no sign."""
+    return hashlib.sha256((tensor.to(torch.float32) + 0.0).contiguous().numpy().tobytes()).hexdigest()
 
 
 def cut(out: Path, name: str) -> dict[str, Any]:

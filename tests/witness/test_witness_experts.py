@@ -34,7 +34,7 @@ def stored(spelled):
 
 
 def digest(values):
-    return hashlib.sha256(values.to(torch.float32).contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256((values.to(torch.float32) + 0.0).contiguous().numpy().tobytes()).hexdigest()
 
 
 def values_of(module):
