@@ -14,6 +14,7 @@ import quantplug
 from quantplug import _HOMES
 
 SURFACE = {
+    "Draft",
     "Plan",
     "Platform",
     "QuantplugError",

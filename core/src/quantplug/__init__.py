@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantplug.config import resolve_config as resolve_config
     from quantplug.convert import convert as convert
     from quantplug.detect import detect as detect
+    from quantplug.draft import Draft as Draft
     from quantplug.errors import QuantplugError as QuantplugError
     from quantplug.hooks import hookimpl as hookimpl
     from quantplug.lint import lint as lint
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "Draft": "draft",
     "Plan": "plan",
     "Platform": "platform",
     "QuantplugError": "errors",
@@ -45,6 +47,7 @@ _HOMES = {
 """Public name -> the module it lives in."""
 
 __all__ = [
+    "Draft",
     "Plan",
     "Platform",
     "QuantplugError",

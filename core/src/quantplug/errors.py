@@ -64,6 +64,7 @@ _CODES: dict[str, str] = {
     "QP-PLAN-TIMINGS": "measured times cannot be stored, or nothing can be measured",
     "QP-PLAN-JSON": "a serialized plan is malformed or of another version",
     "QP-PLAN-EXPERTS": "the experts of a layer cannot be brought to one contract without rounding",
+    "QP-PLAN-DRAFT": "a draft model is not there, or would run at another precision than its files say",
     "QP-PLAN-MODEL": "the model's modules and the checkpoint's tensors do not belong together",
     # loading
     "QP-LOAD-CLAIM": "a tensor is claimed twice",

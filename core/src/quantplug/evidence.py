@@ -148,9 +148,16 @@ class StoredModules:
             return "both"
         return "quantized" if all(suffix in stored for suffix in required) else "partial"
 
-    def account(self, layers: Iterable[LayerPlan], inventory: Inventory) -> tuple[LeftTensors, ...]:
+    def account(
+        self, layers: Iterable[LayerPlan], inventory: Inventory, elsewhere: Collection[str] = ()
+    ) -> tuple[LeftTensors, ...]:
         """
         Check that every tensor is claimed exactly once, and return those left on purpose, by reason.
+
+        Args:
+            layers: the plans of all modules.
+            inventory: the modules.
+            elsewhere: tensors that another plan accounts for, when a model and its draft lie in the same files.
 
         Raises:
             CheckpointError: `QP-ST-EXTRA` listing the tensors that nobody claims.
@@ -163,7 +170,7 @@ class StoredModules:
         left: dict[str, list[str]] = {}
         extra: list[str] = []
         for name in self._checkpoint.tensors:
-            if name in claimed or name in handed:
+            if name in claimed or name in handed or name in elsewhere:
                 continue
             owner = tied.get(name.rpartition(".")[0])
             if owner:

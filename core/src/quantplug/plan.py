@@ -174,6 +174,7 @@ class Plan:
         entries: what every rule of the configuration did.
         warnings: what a reader should know about the whole.
         plugins: (distribution, version) that took part, sorted.
+        draft: the plan of the model that drafts tokens for this one.
     """
 
     platform: Platform
@@ -187,6 +188,7 @@ class Plan:
     entries: tuple[EntryUse, ...] = ()
     warnings: tuple[str, ...] = ()
     plugins: tuple[tuple[str, str], ...] = ()
+    draft: Plan | None = None
     version: int = PLAN_VERSION
 
     def layer(self, path: str) -> LayerPlan:
@@ -230,6 +232,7 @@ class Plan:
             [[layer.path, *_choice_of(layer, self.decision_of(layer))] for layer in self.layers],
             [[left.reason, list(left.names)] for left in self.left],
             list(self.kv_cache.scales) if self.kv_cache else [],
+            self.draft.hash if self.draft is not None else "",
         ]
         return hashlib.sha256(json.dumps(choices, separators=(",", ":")).encode()).hexdigest()
 

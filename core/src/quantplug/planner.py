@@ -4,15 +4,26 @@ Making a plan: configuration, rules, stored tensors and kernels brought together
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quantplug.asking import probe as probe_kernel
 from quantplug.checkpoint import open_checkpoint
-from quantplug.config import read_model_config, resolve_config
+from quantplug.config import DENSE, read_model_config, resolve_config
 from quantplug.detect import detect
+from quantplug.draft import (
+    DENSE_WISH,
+    NEXT_N,
+    Draft,
+    next_n_modules,
+    refuse_lost_codes,
+    renamed,
+    shared_with_target,
+    tensors_of,
+)
 from quantplug.errors import PlanError
 from quantplug.evidence import StoredModules
-from quantplug.inventory import inventory_of
+from quantplug.inventory import architecture_of, inventory_of
 from quantplug.kernel import Accepted
 from quantplug.layers import LayerPlanner
 from quantplug.matcher import Matcher
@@ -21,14 +32,17 @@ from quantplug.plan import KVCachePlan, Plan
 from quantplug.platform import Platform
 from quantplug.plugins import registry as installed
 from quantplug.policy import Policy
+from quantplug.skip import RuleReport
 from quantplug.source import resolve_source
 from quantplug.timings import Timings
 from quantplug.timingstore import read_timings, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
+    from quantplug.checkpoint import Checkpoint
+    from quantplug.config import QuantConfig
     from quantplug.inventory import Inventory
     from quantplug.jsonio import Json
     from quantplug.kernel import Rejected
@@ -50,6 +64,7 @@ def plan(
     override: Mapping[str, Json] | None = None,
     quantize: OnLoad | str | None = None,
     inventory: Inventory | None = None,
+    draft: Draft | str | Path | None = None,
     strict: bool = False,
     timings: Timings | None = None,
     registry: Registry | None = None,
@@ -66,6 +81,8 @@ def plan(
         override: quantization fields the caller states; they may add to the file, never contradict it.
         quantize: the wish to quantize dense weights while they are loaded, or just the name of the recipe.
         inventory: the modules of the model that will run; None takes them from the tensor names.
+        draft: the model that drafts tokens for it: a directory, or "next-n" for the layers that lie in its own files;
+            a `Draft` says more. Its own files decide about it; its plan is `Plan.draft`.
         strict: whether a rule that the stored tensors contradict is an error rather than a note.
         timings: measured times of kernels; None reads those that `quantplug tune` left for this user. They play a part
             in plans for the machine at hand only.
@@ -76,57 +93,150 @@ def plan(
     """
     registry = installed() if registry is None else registry
     directory = resolve_source(source)
-    checkpoint = open_checkpoint(directory)
-    model_config = read_model_config(directory)
-    if isinstance(quantize, str):
-        quantize = OnLoad(quantize)
-    config = resolve_config(directory, registry, override=override, quantize=quantize)
-    if inventory is None:
-        inventory = inventory_of(checkpoint, model_config, registry, config)
-    probes: Mapping[str, Rejected | None] = {}
+    around = _surroundings(platform, probe, policy, timings, registry, strict=strict)
+    files = _open(directory, registry, override, quantize, dtype)
+    inventory = files.inventory() if inventory is None else inventory
+    if draft is None:
+        return _plan(files, inventory, around)
+    draft = draft if isinstance(draft, Draft) else Draft(None if draft == NEXT_N else draft)
+    if draft.source is not None:
+        return replace(_plan(files, inventory, around), draft=_plan_apart(draft, draft.source, around))
+    of_draft = _open(directory, registry, draft.override, draft.recipe, draft.dtype or dtype)
+    _, layers = next_n_modules(of_draft.inventory(), files.model_config, architecture_of(files.model_config, registry))
+    own = tensors_of(files.checkpoint, layers)
+    names = {module.name for module in layers}
+    rest = replace(inventory, modules=tuple(module for module in inventory if module.name not in names))
+    target = _plan(files, rest, around, elsewhere=own)
+    theirs = frozenset(files.checkpoint.tensors) - own
+    drafting = _plan_draft(of_draft, draft, layers, around, elsewhere=theirs)
+    # One configuration speaks of both: an entry that matched in one of them has done its work.
+    return replace(_without(target, drafting), draft=_without(drafting, target))
+
+
+def _without(made: Plan, other: Plan) -> Plan:
+    """Return a plan without remarks on entries that match nothing in it, but in another."""
+    matched = {use.entry for use in other.entries if use.matched}
+    settled = RuleReport(tuple(use for use in made.entries if not use.matched and use.entry in matched))
+    return replace(made, warnings=tuple(text for text in made.warnings if text not in settled.warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What a plan depends on besides the files, the same for a model and its draft."""
+
+    platform: Platform
+    probes: Mapping[str, Rejected | None]
+    policy: Policy
+    timings: Timings
+    registry: Registry
+    strict: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What is read of one directory."""
+
+    checkpoint: Checkpoint
+    model_config: Mapping[str, Json]
+    config: QuantConfig
+    dtype: str
+    registry: Registry
+
+    def inventory(self) -> Inventory:
+        return inventory_of(self.checkpoint, self.model_config, self.registry, self.config)
+
+
+def _surroundings(
+    platform: Platform | str | None,
+    probe: bool | None,
+    policy: Policy | None,
+    timings: Timings | None,
+    registry: Registry,
+    *,
+    strict: bool,
+) -> _Surroundings:
     probe = platform is None if probe is None else probe
     if platform is None:
         platform = detect(registry)
     elif isinstance(platform, str):
         platform = Platform.parse(platform)
-    if probe:
-        probes = probe_kernels(registry, platform)
+    probes = probe_kernels(registry, platform) if probe else {}
     if timings is None:
         timings = read_timings(store_path()) if platform.device else Timings()
-    stored = StoredModules(checkpoint)
+    policy = Policy.from_environment() if policy is None else policy
+    return _Surroundings(platform, probes, policy, timings, registry, strict)
+
+
+def _open(
+    directory: Path,
+    registry: Registry,
+    override: Mapping[str, Json] | None,
+    quantize: OnLoad | str | None,
+    dtype: str | None,
+) -> _Files:
+    checkpoint = open_checkpoint(directory)
+    model_config = read_model_config(directory)
+    if isinstance(quantize, str):
+        quantize = OnLoad(quantize)
+    config = resolve_config(directory, registry, override=override, quantize=quantize)
+    return _Files(checkpoint, model_config, config, activation_dtype(dtype, model_config), registry)
+
+
+def _plan_apart(draft: Draft, source: str | Path, around: _Surroundings) -> Plan:
+    """Plan a draft that has a directory of its own."""
+    files = _open(resolve_source(source), around.registry, draft.override, draft.recipe, draft.dtype)
+    inventory = files.inventory() if draft.inventory is None else draft.inventory
+    return _plan_draft(files, draft, inventory, around)
+
+
+def _plan_draft(
+    files: _Files, draft: Draft, inventory: Inventory, around: _Surroundings, elsewhere: Collection[str] = ()
+) -> Plan:
+    modules = renamed(draft.inventory or inventory, draft.names)
+    made = _plan(files, modules, around, elsewhere)
+    if draft.quantize == DENSE_WISH:
+        refuse_lost_codes(made, f"draft in {files.checkpoint.directory}")
+        made = _plan(replace(files, config=DENSE), modules, around, elsewhere)
+    return replace(made, warnings=(*made.warnings, *shared_with_target(inventory)))
+
+
+def _plan(files: _Files, inventory: Inventory, around: _Surroundings, elsewhere: Collection[str] = ()) -> Plan:
+    config, registry = files.config, around.registry
+    stored = StoredModules(files.checkpoint)
     stored.unstack(inventory)
     matcher = Matcher(config.rules, config.default)
     layers = LayerPlanner(
         config=config,
         matcher=matcher,
         stored=stored,
-        platform=platform,
-        dtype=activation_dtype(dtype, model_config),
-        policy=Policy.from_environment() if policy is None else policy,
+        platform=around.platform,
+        dtype=files.dtype,
+        policy=around.policy,
         registry=registry,
-        probes=probes,
-        timings=timings,
-        strict=strict,
+        probes=around.probes,
+        timings=around.timings,
+        strict=around.strict,
     )
     planned = tuple(layers.plan(module) for module in inventory)
-    left = stored.account(planned, inventory)
+    left = stored.account(planned, inventory, elsewhere)
     report = matcher.report()
+    scales = tuple(name for name in stored.kv_scales if name not in elsewhere)
     return Plan(
-        platform=platform,
+        platform=around.platform,
         dtype=layers.dtype,
         dialect=config.dialect,
         fields=config.fields,
         layers=planned,
         decisions=layers.decisions,
         left=left,
-        kv_cache=_kv_cache(config.kv_cache, stored.kv_scales),
+        kv_cache=_kv_cache(config.kv_cache, scales),
         entries=report.uses,
         warnings=(
-            *checkpoint.warnings,
+            *files.checkpoint.warnings,
             *config.notes,
             *layers.warnings,
             *report.warnings,
-            *([timings.warning] if timings.warning else []),
+            *([around.timings.warning] if around.timings.warning else []),
             *_unmeasured(layers.decisions, registry),
         ),
         plugins=_taking_part(registry, layers),

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from quantplug.draft import Draft
     from quantplug.jsonio import Json
     from quantplug.onload import OnLoad
     from quantplug.policy import Policy
@@ -40,6 +41,14 @@ Quantize = Annotated[
     typer.Option(
         metavar="RECIPE", help="Quantize dense weights on load: int4-g64, fp8, …; `quantplug plugins` lists them."
     ),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option("--draft", metavar="DIR", help="The model that drafts for it; next-n: the layers in its own files."),
+]
+DraftQuantize = Annotated[
+    str | None,
+    typer.Option(metavar="RECIPE", help="The same for the draft; dense leaves its configuration out of account."),
 ]
 Skip = Annotated[
     list[str] | None,
@@ -72,6 +81,17 @@ def read_wish(quantize: str | None, skip: list[str] | None) -> OnLoad | None:
             raise typer.BadParameter("--skip needs --quantize")
         return None
     return OnLoad(quantize, path_entries(list(skip or ()), "--skip"))
+
+
+def read_draft(draft: str | None, quantize: str | None) -> Draft | None:
+    """Turn the options about a draft into one; a wish about none makes no sense."""
+    from quantplug.draft import NEXT_N, Draft
+
+    if draft is None:
+        if quantize is not None:
+            raise typer.BadParameter("--draft-quantize needs --draft")
+        return None
+    return Draft(None if draft == NEXT_N else draft, quantize=quantize)
 
 
 def read_policy(file: Path | None) -> Policy | None:

@@ -12,6 +12,8 @@ import typer
 from quantplug_cli.options import (
     AsJson,
     Checkpoint,
+    DraftModel,
+    DraftQuantize,
     Dtype,
     For,
     PolicyFile,
@@ -19,6 +21,7 @@ from quantplug_cli.options import (
     Settings,
     Skip,
     Strict,
+    read_draft,
     read_policy,
     read_settings,
     read_wish,
@@ -39,6 +42,8 @@ def plan(
     quantize: Quantize = None,
     skip: Skip = None,
     settings: Settings = None,
+    draft: DraftModel = None,
+    draft_quantize: DraftQuantize = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,12 +57,16 @@ def plan(
         policy=read_policy(policy),
         override=read_settings(settings),
         quantize=read_wish(quantize, skip),
+        draft=read_draft(draft, draft_quantize),
         strict=strict,
     )
     if as_json:
         typer.echo(made.to_json())
     else:
         show(made, checkpoint)
+        if made.draft is not None:
+            typer.echo("")
+            show(made.draft, f"draft: {draft}")
 
 
 def show(made: Plan, title: str) -> None:
