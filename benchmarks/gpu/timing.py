@@ -17,6 +17,7 @@ COLD_BYTES = 200_000_000
 
 MOST_COPIES = 64
 _GRAPH_SECONDS = 1.5e-3
+_REPLAYED_SECONDS = 0.04
 
 
 def copies_of(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -26,14 +27,14 @@ def copies_of(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]
     return [tensors, *({name: tensor.clone() for name, tensor in tensors.items()} for _ in range(count - 1))]
 
 
-def per_call(call: Callable[[Any], object], turns: Sequence[Any], replays: int = 15) -> float:
+def per_call(call: Callable[[Any], object], turns: Sequence[Any], replays: int = 0) -> float:
     """
     Return the median microseconds of a call.
 
     Args:
         call: what is timed; it takes one of `turns`.
         turns: weights that take their turn.
-        replays: of the graph; each gives one figure.
+        replays: of the graph; each gives one figure. 0 for 5 to 15 of them, by how long they take.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -54,6 +55,7 @@ def per_call(call: Callable[[Any], object], turns: Sequence[Any], replays: int =
         for _ in range(rounds):
             for turn in turns:
                 call(turn)
+    replays = replays or max(5, min(15, round(_REPLAYED_SECONDS / (estimate * len(turns) * rounds))))
     times = []
     for number in range(replays + 2):
         begin.record()
@@ -62,4 +64,4 @@ def per_call(call: Callable[[Any], object], turns: Sequence[Any], replays: int =
         end.synchronize()
         if number >= 2:
             times.append(begin.elapsed_time(end) * 1e3 / (rounds * len(turns)))
-    return statistics.median(times)
+    return float(statistics.median(times))

@@ -1,6 +1,8 @@
-"""The bound for sums of 8-bit floats in a short accumulator: it holds what the hardware does, and no more."""
+"""The bound for sums in a short accumulator, and in parts: it holds what is done, and little more."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,3 +123,37 @@ def test_an_accumulator_has_a_format_of_its_own():
     for cast in (Cast("accumulator", "float16"), Cast("weights", ACCUMULATOR)):
         with pytest.raises(ValueError, match=f"accumulator to {ACCUMULATOR}"):
             linear_bound(np.ones((1, 1)), [segment], None, "float32", (cast,))
+
+
+def test_parts_that_are_added_up_in_a_short_dtype_stay_within():
+    """Of 64 inputs each, in another order; with cancellation, where rounding the product once would not do."""
+    generator = np.random.default_rng(5)
+    weight = make_weight(WeightSpec(ElementType.INT8, PerChannel(), "float32"), 24, 640, generator)
+    x = torch.from_numpy(generator.standard_normal((6, 640))).to(torch.bfloat16)
+    x[:, 320:] = -x[:, :320]
+    weight.codes[:, 320:] = weight.codes[:, :320]
+    parts = [a.float() @ w.dequantize().t() for a, w in zip(x.split(64, 1), pieces(weight), strict=True)]
+    y = torch.zeros(6, 24, dtype=torch.bfloat16)
+    for part in (*parts[1::2], *parts[::2]):
+        y += part.to(torch.bfloat16)
+    exact = to_float64(x) @ segment_of(weight).values().T
+    for what, within in (("splits", True), ("partials", False)):
+        bound = linear_bound(to_float64(x), [segment_of(weight)], None, "bfloat16", (Cast(what, "bfloat16"),))
+        if within:
+            assert_within(y, exact, bound)
+        else:
+            with pytest.raises(AssertionError, match="leave the bound"):
+                assert_within(y, exact, bound)
+
+
+def pieces(weight):
+    """The weight's inputs, 64 at a time."""
+    return [replace(weight, codes=codes) for codes in weight.codes.split(64, 1)]
+
+
+def test_a_single_product_is_rounded_once_however_a_sum_is_split():
+    segment = Segment.of(np.ones((1, 640)), [[1.0]], None, None, -1, 8)
+    x = np.zeros((1, 640))
+    x[0, 300] = 1.0
+    bounds = [linear_bound(x, [segment], None, "float32", (Cast(what, "bfloat16"),)) for what in ("splits", "partials")]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-3)

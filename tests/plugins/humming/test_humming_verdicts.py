@@ -36,15 +36,16 @@ def asked(weight=INT4, n=4096, k=4096, dtype="bfloat16", *, bias=False):
 @pytest.mark.parametrize(
     ("problem", "casts", "extra"),
     [
-        (asked(), ("scales", "weights"), 0),
-        (asked(replace(INT4, scale_dtype="bfloat16")), ("weights",), 0),
-        (asked(replace(INT4, element=ElementType.UINT4), bias=True), ("scales", "weights", "partials"), -128 * 1024),
-        (asked(replace(INT4, element=ElementType.INT8)), ("scales", "weights"), 0),
-        (asked(FP8), ("scales", "partials"), 0),
-        (asked(replace(FP8, granularity=PerTensor())), (), 0),
-        (asked(replace(FP8, granularity=PerTensor()), bias=True), ("partials",), 0),
-        (asked(replace(FP8, granularity=PerBlock(128, 128))), ("scales", "weights"), 2 * 4096 * 32 - 4 * 32 * 32),
-        (asked(MX), (), 0),
+        (asked(), ("scales", "weights", "splits"), 0),
+        (asked(k=1024), ("scales", "weights"), 0),
+        (asked(replace(INT4, scale_dtype="bfloat16")), ("weights", "splits"), 0),
+        (asked(replace(INT4, element=ElementType.UINT4), bias=True), ("scales", "weights", "partials", "splits"), 0),
+        (asked(replace(INT4, element=ElementType.INT8)), ("scales", "weights", "splits"), 0),
+        (asked(FP8), ("scales", "partials", "splits"), 0),
+        (asked(replace(FP8, granularity=PerTensor())), ("splits",), 0),
+        (asked(replace(FP8, granularity=PerTensor()), bias=True), ("partials", "splits"), 0),
+        (asked(replace(FP8, granularity=PerBlock(128, 128))), ("scales", "weights", "splits"), 8192 * 32 - 4 * 32 * 32),
+        (asked(MX), ("splits",), 0),
         (asked(n=576, k=576), ("scales", "weights"), (640 * 640 - 576 * 576) // 2 + 2 * (640 * 5 - 576 * 5)),
     ],
 )  # fmt: skip
@@ -52,7 +53,7 @@ def test_what_is_taken_declares_its_roundings(problem, casts, extra):
     verdict = KERNEL.supports(problem, GPU)
     assert isinstance(verdict, Accepted)
     assert verdict.casts == tuple(Cast(what, problem.dtype) for what in casts)
-    assert verdict.extra_bytes == max(0, extra)
+    assert verdict.extra_bytes == extra
     assert not verdict.quantizes_x
 
 

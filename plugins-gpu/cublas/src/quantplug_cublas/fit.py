@@ -32,9 +32,9 @@ lie, so that results for other K are wrong (seen with K of 128, 144 and 640; pyt
 """
 
 # One H100, see benchmarks/gpu/README.md: bytes of a stream of weights and products per microsecond, two launches.
-_BYTES_PER_US = 2.75e6
-_PRODUCTS_PER_US = {"tensor": 6.0e8, "row": 5.4e8, "block": 4.9e8}
-_LAUNCHES_US = {"tensor": 4.5, "row": 6.0, "block": 7.5}
+_BYTES_PER_US = 2.5e6
+_PRODUCTS_PER_US = 6.6e8
+_LAUNCHES_US = {"tensor": 4.0, "row": 6.1, "block": 10.0}
 
 
 def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
@@ -48,7 +48,7 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     held, entitled = bytes_held(problem), _entitled_bytes(problem)
     notes = [f"K is filled up to {width(problem)}"] if width(problem) != k else []
     return Accepted(
-        Cost(_LAUNCHES_US[mode] + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US[mode]),
+        Cost(_LAUNCHES_US[mode] + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
         casts=(Cast("accumulator", "float22_e8m13"),),
         extra_bytes=max(0, held - entitled),
         notes=tuple(notes),

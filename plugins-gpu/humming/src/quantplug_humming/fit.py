@@ -24,12 +24,18 @@ _OLDEST = (8, 0)
 _ROWS = 128
 """N is filled up to a multiple of this: humming's own choice of tiles has an assertion about it."""
 
+ALIGNED = 8
+"""What humming fills up by itself is a multiple of this; the rest of x and y is cut off here."""
+
 _GROUPS = (32, 64, 128, 256)
 
+_WHOLE = 1024
+"""Inputs up to which humming never cuts a sum into parts."""
+
 # One H100, see benchmarks/gpu/README.md: bytes of a stream of weights and products per microsecond, one launch.
-_BYTES_PER_US = 1.9e6
-_PRODUCTS_PER_US = 3.4e8
-_LAUNCH_US = 7.0
+_BYTES_PER_US = 2.9e6
+_PRODUCTS_PER_US = 3.6e8
+_LAUNCH_US = 6.2
 
 
 def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
@@ -80,7 +86,8 @@ def filled(problem: LinearProblem) -> tuple[int, int]:
 def casts(problem: LinearProblem) -> tuple[Cast, ...]:
     """
     Return the roundings: where a row has several scales, weights are multiplied out in bfloat16, with scales in it; one
-    scale per row multiplies sums in bfloat16, to which they were rounded, and so is a bias added.
+    scale per row multiplies sums in bfloat16, to which they were rounded, and so is a bias added. A sum over more than
+    1024 inputs may be cut into parts that are added up in bfloat16.
     """
     weight, dtype = problem.segments[0].weight, DTYPE
     found: list[Cast] = []
@@ -91,6 +98,8 @@ def casts(problem: LinearProblem) -> tuple[Cast, ...]:
         found.append(Cast("weights", dtype))
     if problem.bias or not (group_size(weight) or one_scale(problem)):
         found.append(Cast("partials", dtype))
+    if filled(problem)[1] > _WHOLE:
+        found.append(Cast("splits", dtype))
     return tuple(found)
 
 

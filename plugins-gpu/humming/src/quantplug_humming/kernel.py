@@ -24,14 +24,15 @@ class HummingKernel(LinearKernel):
     """
     `y = x W^T + b` for integers of 4 and 8 bits and float8_e4m3fn, x in bfloat16 and never quantized.
 
-    humming's batch-invariant kernels are used: its others split sums over K and add up the parts in the dtype of y.
+    humming cuts long sums into parts and adds them up in bfloat16, in the order in which they come: results differ from
+    call to call.
     """
 
     __slots__ = ()
 
     name = "humming.w16"
     layout_id = "humming.tiles"
-    traits = Traits(uniform_segments=True)
+    traits = Traits(uniform_segments=True, deterministic=False)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept what humming takes without losing more than a rounding that can be declared."""

@@ -12,7 +12,8 @@ import torch
 
 from quantplug.spec import PerBlock
 from quantplug.weight import Prepared
-from quantplug_humming.fit import filled, group_size, one_scale
+from quantplug_humming.fit import ALIGNED, filled, group_size, one_scale
+from quantplug_humming.locks import counters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ def prepare(
     from humming.transform import transform_humming_tensors
 
     with torch.cuda.device(device):
+        counters(torch.cuda.current_device())
         given = {name: tensor.to(device) for name, tensor in _tensors(problem, segments, device).items()}
         made = transform_humming_tensors(layer_config(problem, bias=False), given, already_padded=True)
     tensors = {name: made[name] for name in ("weight", "weight_scale", "zero_point") if name in made}
@@ -51,8 +53,8 @@ def layer_config(problem: LinearProblem, *, bias: bool) -> Any:
     return LayerConfig(
         shape_n=rows,
         shape_k=inputs,
-        pad_shape_n=rows - problem.out_features,
-        pad_shape_k=inputs - problem.in_features,
+        pad_shape_n=(rows - problem.out_features) // ALIGNED * ALIGNED,
+        pad_shape_k=(inputs - problem.in_features) // ALIGNED * ALIGNED,
         b_dtype=dtypes.DataType.from_str(codes),
         a_dtype=x_dtype,
         c_dtype=x_dtype,

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantplug_humming.locks import locks
 from quantplug_humming.prepare import layer_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from quantplug.weight import Prepared
-
-_COMPUTE = {"use_batch_invariant": True}
 
 
 def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
@@ -44,20 +43,21 @@ def _linear(
     from humming.ops import humming_gemm
     from humming.transform import transform_humming_bias
 
+    config = _config(layer)
     if bias is not None:
-        filled = int(_config(layer).shape_n)
-        bias = transform_humming_bias(torch.nn.functional.pad(bias, (0, filled - outputs)))
+        bias = transform_humming_bias(torch.nn.functional.pad(bias, (0, config.shape_n - outputs)))
+    inputs = config.shape_k - config.pad_shape_k
     y: torch.Tensor = humming_gemm(
         layer_config=layer,
-        inputs=x.contiguous(),
+        inputs=torch.nn.functional.pad(x, (0, inputs - x.shape[1])).contiguous(),
         weight=weight,
         weight_scale=scales,
         zero_point=zeros,
         bias=bias,
-        compute_config=json.dumps(_COMPUTE),
+        locks=locks(x.device),
         tuning_config=_tuning(layer, x.shape[0], x.device.index),
     )
-    return y
+    return y if y.shape[1] == outputs else y[:, :outputs].contiguous()
 
 
 @cache
@@ -72,7 +72,7 @@ def _ranges(layer: str, device: int) -> tuple[tuple[int, str], ...]:
     """Return humming's choices: up to so many rows, this kernel."""
     from humming.tune import get_heuristics_config
 
-    choices = get_heuristics_config(_config(layer), device=device, **_COMPUTE)
+    choices = get_heuristics_config(_config(layer), device=device)
     return tuple((int(last), json.dumps(kernel)) for _, last, kernel in choices)
 
 

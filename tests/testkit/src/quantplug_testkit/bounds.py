@@ -51,7 +51,13 @@ that n roundings in a row can add up to (Higham, Accuracy and Stability of Numer
    below float32's normal range, which processors may flush to zero (x86's product of BF16 pairs does so with x and
    weights): `2^-126` per operation, and times the other operand.
 
-6. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
+6. "splits" to t: the sum over K is cut into parts, of 64 inputs or more, that are rounded to t and added up in t, in any
+   order. Parts without a product that is not 0 are exact: with Z such products `S = min(⌈K / 64⌉, Z)` others are left
+   and each passes S roundings at most, which is `((1 + u(t))^S - 1) (T + E) + 2 S h(t)` more, where T is the sum of
+   magnitudes in 3. Little follows from that for a long sum; with the identity as x there is one product, and one
+   rounding.
+
+7. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
    dtype t adds `u(t) (|y| + E) + h(t)`. Where the magnitude plus all this passes the largest finite value of t, the
    result may be infinite, and the bound is.
 
@@ -74,7 +80,7 @@ if TYPE_CHECKING:
     from quantplug.kernel import Cast
     from quantplug_testkit.oracles.canonical import Floats, Segment
 
-CASTS = ("scales", "zeros", "weights", "partials", "accumulator")
+CASTS = ("scales", "zeros", "weights", "partials", "accumulator", "splits")
 """What a kernel may declare that it rounds."""
 
 ACCUMULATOR = "float22_e8m13"
@@ -84,6 +90,7 @@ _SMALLEST_NORMAL = 2.0**-126
 _SMALLEST_NORMAL_CODE = 2.0**-6
 _CUTS = 144
 _LAST_BIT = 2.0**-13
+_SHORTEST_PART = 64
 
 
 def unit_roundoff(dtype: str) -> float:
@@ -193,6 +200,8 @@ def linear_error(
         error += fused_linear([each.error for each in inputs], [np.abs(each) for each in values])
     if "accumulator" in to:
         error += _cut_off(inputs, segments)
+    if "splits" in to:
+        error += _added_up(total + error, np.minimum(_products(inputs, segments), _parts(values)), to["splits"])
 
     product = fused_linear([each.values for each in inputs], values)
     if "partials" in to:
@@ -224,10 +233,24 @@ def _cut_off(inputs: Sequence[Quantized], segments: Sequence[Segment]) -> Floats
     """How much of sums of 8-bit floats is cut off, `[M, N]`, see 4."""
     x = [_aligned(np.abs(each.values) + each.error, each.scale) for each in inputs]
     w = [_aligned(np.abs(segment.values()), np.abs(segment.scale())) for segment in segments]
-    products = fused_linear(
-        [(each > 0).astype(np.float64) for each in x], [(each > 0).astype(np.float64) for each in w]
-    )
-    return np.where(products > 1, _CUTS * _LAST_BIT * fused_linear(x, w), 0.0)
+    return np.where(_products(inputs, segments) > 1, _CUTS * _LAST_BIT * fused_linear(x, w), 0.0)
+
+
+def _products(inputs: Sequence[Quantized], segments: Sequence[Segment]) -> Floats:
+    """How many products may not be 0, `[M, N]`."""
+    x = [(np.abs(each.values) + each.error > 0).astype(np.float64) for each in inputs]
+    return fused_linear(x, [(segment.values() != 0).astype(np.float64) for segment in segments])
+
+
+def _parts(values: Sequence[Floats]) -> int:
+    """How many parts a sum may be cut into."""
+    return -(-int(values[0].shape[1]) // _SHORTEST_PART)
+
+
+def _added_up(magnitude: Floats, parts: Floats, dtype: str) -> Floats:
+    """How far off sums are whose parts are rounded and added up in a dtype, `[M, N]`, see 6."""
+    more: Floats = ((1 + unit_roundoff(dtype)) ** parts - 1) * magnitude + parts * SMALLEST_SUBNORMAL[dtype]
+    return more
 
 
 def _aligned(magnitude: Floats, scale: Floats) -> Floats:
