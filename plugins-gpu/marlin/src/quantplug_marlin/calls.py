@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug_marlin.choice import REPRESENTATIVE_ROWS, choose
+from quantplug_marlin.choice import every_choice
 from quantplug_marlin.device import function, target_of
 from quantplug_marlin.form import Form, form_of
 from quantplug_marlin.launch import dequantize as dequantize_part
@@ -37,10 +37,9 @@ def build(prepared: Prepared) -> None:
     for number in range(prepared.meta["parts"]):
         form = form_of_part(prepared, number)
         tiles, chunks, _ = prepared.tensors[f"codes.{number}"].shape
-        for rows in REPRESENTATIVE_ROWS:
-            cut = choose(form, tiles, chunks, rows, target)
+        for cut in every_choice(form, tiles, chunks, target):
             definitions = {**form.definitions(), **cut.definitions()}
-            wanted["multiply.cu", tuple(definitions.items())] = ("multiply", cut.shared_bytes(form))
+            wanted[cut.file, tuple(definitions.items())] = ("multiply", cut.shared_bytes(form))
             if cut.splits > 1:
                 wanted["shares.cu", tuple(form.definitions().items())] = ("add_shares", 0)
     wanted["gather.cu", ()] = ("gather", 0)
@@ -56,22 +55,29 @@ def build(prepared: Prepared) -> None:
 def apply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `[..., N]` for x `[..., K]`."""
     meta, tensors = prepared.meta, prepared.tensors
-    flat = x.reshape(-1, x.shape[-1])
-    results, first = [], 0
-    for number in range(meta["parts"]):
-        rows = meta[f"rows.{number}"]
-        results.append(
-            linear(
-                flat,
-                *(tensors.get(f"{name}.{number}") for name in _NAMES),
-                None if bias is None else bias[first : first + rows],
-                rows,
-                meta[f"form.{number}"],
-            )
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if meta["parts"] == 1:
+        y = linear(
+            flat,
+            tensors["codes.0"],
+            tensors.get("scales.0"),
+            tensors.get("zeros.0"),
+            tensors.get("factor.0"),
+            tensors.get("columns.0"),
+            bias,
+            meta["rows.0"],
+            meta["form.0"],
         )
-        first += rows
-    y = results[0] if len(results) == 1 else torch.cat(results, dim=1)
-    return y.view(*x.shape[:-1], prepared.problem.out_features)
+    else:
+        results, first = [], 0
+        for number in range(meta["parts"]):
+            rows = meta[f"rows.{number}"]
+            part = None if bias is None else bias[first : first + rows]
+            of = (tensors.get(f"{name}.{number}") for name in _NAMES)
+            results.append(linear(flat, *of, part, rows, meta[f"form.{number}"]))
+            first += rows
+        y = torch.cat(results, dim=1)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], prepared.problem.out_features)
 
 
 def dequantize(prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:

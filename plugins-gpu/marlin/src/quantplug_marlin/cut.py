@@ -15,7 +15,7 @@ CAPACITY = 227 * 1024
 
 class Cut(NamedTuple):
     """
-    What a kernel is compiled for, beside the form of its weight; `cuda/multiply.cu` says what each means.
+    What `cuda/multiply.cu` is compiled for, beside the form of its weight; it says what each means.
 
     Attributes:
         tiles: of 16 outputs per warp.
@@ -25,7 +25,6 @@ class Cut(NamedTuple):
         depth: chunks under way.
         shares: blocks of a cluster that share the chunks.
         blocks: per multiprocessor, for the compiler.
-        warpgroup: whether wgmma multiplies.
         splits: blocks that share the chunks, whose sums a second launch adds; not part of what is compiled.
     """
 
@@ -36,11 +35,20 @@ class Cut(NamedTuple):
     depth: int
     shares: int = 1
     blocks: int = 1
-    warpgroup: bool = False
     splits: int = 1
 
+    @property
+    def file(self) -> str:
+        """The source."""
+        return "multiply.cu"
+
+    @property
+    def boxes(self) -> bool:
+        """Whether x is read through a tensor map."""
+        return False
+
     def definitions(self) -> dict[str, int]:
-        """Return what `cuda/multiply.cu` is told of it."""
+        """Return what the source is told of it."""
         return {
             "TILES": self.tiles,
             "TOKENS": self.tokens,
@@ -49,7 +57,6 @@ class Cut(NamedTuple):
             "DEPTH": self.depth,
             "SHARES": self.shares,
             "BLOCKS": self.blocks,
-            "WARPGROUP": int(self.warpgroup),
         }
 
     @property
@@ -70,3 +77,72 @@ class Cut(NamedTuple):
         """Return the blocks in x, y and z for so many tiles of 16 outputs and rows of x."""
         wide = -(-tiles // (self.tiles * self.warps_n))
         return wide * self.shares, -(-rows // self.tokens), self.splits
+
+
+class GroupCut(NamedTuple):
+    """
+    What `cuda/warpgroup.cu` is compiled for, beside the form of its weight; it says what each means.
+
+    Attributes:
+        groups: warpgroups that multiply.
+        bands: of 64 outputs per warpgroup.
+        tokens: rows of x per block.
+        chunks: of 64 inputs per stage.
+        depth: stages under way.
+        shares: blocks of a cluster that share the stages.
+    """
+
+    groups: int
+    bands: int
+    tokens: int
+    chunks: int
+    depth: int
+    shares: int = 1
+
+    @property
+    def file(self) -> str:
+        """The source."""
+        return "warpgroup.cu"
+
+    @property
+    def boxes(self) -> bool:
+        """Whether x is read through a tensor map."""
+        return True
+
+    @property
+    def splits(self) -> int:
+        """Blocks whose sums a second launch adds."""
+        return 1
+
+    @property
+    def threads(self) -> int:
+        """Of one block: a warpgroup that copies beside those that multiply."""
+        return 128 * (self.groups + 1)
+
+    def definitions(self) -> dict[str, int]:
+        """Return what the source is told of it."""
+        return {
+            "GROUPS": self.groups,
+            "BANDS": self.bands,
+            "TOKENS": self.tokens,
+            "CHUNKS": self.chunks,
+            "DEPTH": self.depth,
+            "SHARES": self.shares,
+        }
+
+    def shared_bytes(self, form: Form) -> int:
+        """Return the shared memory of one block, beside its barriers."""
+        parts = self.chunks * form.parts
+        aligned = not parts or parts % form.per_group == 0 or form.per_group % parts == 0
+        groups = (parts - 1) // form.per_group + (1 if aligned else 2) if parts else 0
+        scale = {"": 0, "float32": 4}.get(form.scale, 2)
+        tiles = 4 * self.groups * self.bands
+        stage = self.chunks * self.tokens * 128 + tiles * (
+            self.chunks * 128 * form.bits + groups * 16 * (scale + form.zeros)
+        )
+        sums = tiles * self.tokens * 64 if self.shares > 1 else 0
+        return max(self.depth * (-(-stage // 1024) * 1024), sums)
+
+    def grid(self, tiles: int, rows: int) -> tuple[int, int, int]:
+        """Return the blocks in x, y and z for so many tiles of 16 outputs and rows of x."""
+        return -(-tiles // (4 * self.groups * self.bands)) * self.shares, -(-rows // self.tokens), 1

@@ -1,5 +1,5 @@
 """
-The four calls of NVIDIA's driver that loading and launching a kernel takes.
+The calls of NVIDIA's driver that loading and launching a kernel takes.
 
 Its library is there wherever torch sees a GPU. A launch through it costs less than through any package on top of it.
 """
@@ -7,12 +7,15 @@ Its library is there wherever torch sees a GPU. A launch through it costs less t
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 _INVALID_CONTEXT = 201
 _MOST_SHARED_MEMORY = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+_BOX_COLUMNS = 64
+"""128 bytes, the widest that pieces of 16 bytes change places in."""
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _OVERLAP = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
 
@@ -40,6 +43,7 @@ class _Config(ctypes.Structure):
     )
 
 
+_Parameters = ctypes.c_char_p * 1
 _ALLOW_OVERLAP = (_Attribute * 1)(_Attribute(kind=_OVERLAP, value=1))
 
 
@@ -115,13 +119,46 @@ class Launch:
 
     def __call__(self, arguments: bytes) -> None:
         """Launch with the one argument that every kernel here takes: a structure, packed."""
-        parameters = (ctypes.c_char_p * 1)(arguments)
+        parameters = _Parameters(arguments)
         error = self._launch(self._config, self._function.handle, parameters, None)
         if error == _INVALID_CONTEXT:
             # A thread that has not used the device yet; torch makes its context current only when it calls the runtime.
             _use_context(self._function.device)
             error = self._launch(self._config, self._function.handle, parameters, None)
         _check(error, "cuLaunchKernelEx")
+
+
+@lru_cache(maxsize=4096)
+def matrix_map(address: int, rows: int, columns: int, stride: int, box_rows: int, *, half: bool) -> bytes:
+    """
+    Return the tensor map of a matrix of 16-bit numbers, for boxes of some rows and 64 columns.
+
+    Args:
+        address: of the matrix, a multiple of 16.
+        rows: of the matrix.
+        columns: of the matrix; what a box reaches beyond either is read as zeros.
+        stride: bytes from one row to the next, a multiple of 16.
+        box_rows: at most 256.
+        half: whether the numbers are float16; else they are bfloat16.
+    """
+    memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    place = -ctypes.addressof(memory) % _MAP_ALIGNMENT
+    error = _library().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(memory) + place),
+        ctypes.c_int(6 if half else 9),  # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _BFLOAT16
+        ctypes.c_uint(2),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(stride),
+        (ctypes.c_uint32 * 2)(_BOX_COLUMNS, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        ctypes.c_int(0),  # CU_TENSOR_MAP_INTERLEAVE_NONE
+        ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
+        ctypes.c_int(2),  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+        ctypes.c_int(0),  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE: zeros
+    )
+    _check(error, "cuTensorMapEncodeTiled")
+    return memory.raw[place : place + _MAP_BYTES]
 
 
 def _use_context(device: int) -> None:

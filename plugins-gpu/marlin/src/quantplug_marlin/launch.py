@@ -4,7 +4,6 @@ The operators of torch that launch the kernels.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,19 +11,24 @@ import torch
 
 from quantplug_marlin.choice import choose
 from quantplug_marlin.device import function, target_of
-from quantplug_marlin.driver import Launch
+from quantplug_marlin.driver import Launch, matrix_map
 from quantplug_marlin.form import Form, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
-    from quantplug_marlin.cut import Cut
+    from quantplug_marlin.cut import Cut, GroupCut
 
 _MULTIPLY = Struct("8Pq6i")
+_MULTIPLY_BOXES = Struct("6P5i60x")  # behind the tensor map, as long as that
 _GATHER = Struct("3P2q3i")
 _SHARES = Struct("4P3i")
 _DENSE = Struct("6P5i")
+
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+"""The current stream as the driver knows it: what torch's own compiled code calls, since a stream object costs 2 us."""
 
 _OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _THREADS = 256
@@ -32,9 +36,18 @@ _MOST_GRID_Y = 65535
 
 
 class Way(NamedTuple):
-    """How a product is launched: the launch, how many blocks share the chunks, and the launch that adds those sums."""
+    """
+    How a product is launched.
+
+    Attributes:
+        multiply: the launch.
+        box_rows: rows of x that are read at once through a tensor map; 0 where there is none.
+        splits: blocks that share the chunks.
+        add: the launch that adds their sums.
+    """
 
     multiply: Launch
+    box_rows: int
     splits: int
     add: Launch | None
 
@@ -42,7 +55,9 @@ class Way(NamedTuple):
 _ways: dict[tuple[object, ...], Way] = {}
 
 
-def way(form: Form, cut: Cut | None, outputs: int, tiles: int, chunks: int, rows: int, device: int, stream: int) -> Way:
+def way(
+    form: Form, cut: Cut | GroupCut | None, outputs: int, tiles: int, chunks: int, rows: int, device: int, stream: int
+) -> Way:
     """
     Return how a product is launched, with its kernels compiled and loaded.
 
@@ -60,42 +75,45 @@ def way(form: Form, cut: Cut | None, outputs: int, tiles: int, chunks: int, rows
     if cut is None:
         cut = choose(form, tiles, chunks, rows, target)
     shared = cut.shared_bytes(form)
-    found = function("multiply.cu", "multiply", {**form.definitions(), **cut.definitions()}, shared, device)
+    found = function(cut.file, "multiply", {**form.definitions(), **cut.definitions()}, shared, device)
     launch = Launch(found, cut.grid(tiles, rows), cut.threads, shared, stream, overlap=target.clusters)
     if cut.splits == 1:
-        return Way(launch, 1, None)
+        return Way(launch, cut.tokens if cut.boxes else 0, 1, None)
     adding = function("shares.cu", "add_shares", form.definitions(), 0, device)
     grid = (-(-outputs // _THREADS), min(rows, _MOST_GRID_Y), 1)
-    return Way(launch, cut.splits, Launch(adding, grid, _THREADS, 0, stream, overlap=False))
+    return Way(launch, 0, cut.splits, Launch(adding, grid, _THREADS, 0, stream, overlap=False))
 
 
 def _linear(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None,
     factor: torch.Tensor | None, columns: torch.Tensor | None, bias: torch.Tensor | None, outputs: int, form: int,
 ) -> torch.Tensor:  # fmt: skip
-    rows, device = x.shape[0], x.device.index
-    y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    rows, device = x.shape[0], x.get_device()
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return _linear(x, codes, scales, zeros, factor, columns, bias, outputs, form)
+    y = x.new_empty((rows, outputs))
     if rows == 0:
         return y
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with _on(device):
-        x = _readable(x, columns, codes.shape[1] * 64, stream)
-        # Grids are the same for up to eight rows.
-        key = (
-            form,
-            x.dtype,
-            None if scales is None else scales.dtype,
-            outputs,
-            codes.shape,
-            -(-rows // 8),
-            device,
-            stream,
-        )
-        chosen = _ways.get(key)
-        if chosen is None:
-            stored = decode(form, half=x.dtype == torch.float16, scale=_name(scales))
-            chosen = _ways[key] = way(stored, None, outputs, codes.shape[0], codes.shape[1], rows, device, stream)
-        run(chosen, x, codes, scales, zeros, factor, bias, y)
+    stream = _stream(device)
+    if columns is not None or not _is_readable(x):
+        x = _gather(x, columns, codes.shape[1] * 64, stream)
+    # Grids are the same for up to eight rows.
+    key = (
+        form,
+        x.dtype,
+        None if scales is None else scales.dtype,
+        outputs,
+        codes.shape[1],
+        -(-rows // 8),
+        device,
+        stream,
+    )
+    chosen = _ways.get(key)
+    if chosen is None:
+        stored = decode(form, half=x.dtype == torch.float16, scale=_name(scales))
+        chosen = _ways[key] = way(stored, None, outputs, codes.shape[0], codes.shape[1], rows, device, stream)
+    run(chosen, x, codes, scales, zeros, factor, bias, y)
     return y
 
 
@@ -107,35 +125,39 @@ def run(
     rows, outputs = y.shape
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
+    tiles, chunks, _ = codes.shape
+    groups = 1 if scales is None else scales.shape[1]
+    weight = (codes.data_ptr(), _at(scales), _at(zeros), _at(factor), _at(bias), y.data_ptr())
+    if chosen.box_rows:
+        half = x.dtype == torch.float16
+        x_map = matrix_map(x.data_ptr(), rows, x.shape[1], x.stride(0) * 2, chosen.box_rows, half=half)
+        chosen.multiply(x_map + _MULTIPLY_BOXES.pack(*weight, rows, outputs, tiles, chunks, groups))
+        return
     shares = None
     if chosen.splits > 1:
         shares = torch.empty((chosen.splits, rows, outputs), dtype=torch.float32, device=y.device)
-    tiles, chunks, _ = codes.shape
-    chosen.multiply(
-        _MULTIPLY.pack(
-            x.data_ptr(), codes.data_ptr(), _at(scales), _at(zeros), _at(factor), _at(bias), y.data_ptr(), _at(shares),
-            x.stride(0) * 2, rows, outputs, x.shape[1], tiles, chunks, 1 if scales is None else scales.shape[1],
-        )
-    )  # fmt: skip
+    sizes = (rows, outputs, x.shape[1], tiles, chunks, groups)
+    chosen.multiply(_MULTIPLY.pack(x.data_ptr(), *weight, _at(shares), x.stride(0) * 2, *sizes))
     if chosen.add is not None:
         chosen.add(_SHARES.pack(_at(shares), _at(factor), _at(bias), y.data_ptr(), chosen.splits, rows, outputs))
 
 
-def _readable(x: torch.Tensor, columns: torch.Tensor | None, slots: int, stream: int) -> torch.Tensor:
-    """Return x as the kernel reads it: 16 bytes at a time, in the order of slots."""
+def _is_readable(x: torch.Tensor) -> bool:
+    """Whether kernels can read x as it is: 16 bytes at a time, row by row."""
     rows, inputs = x.shape
-    if (
-        columns is None
-        and inputs % 8 == 0
-        and (x.stride(1) == 1 or inputs == 1)
-        and (x.stride(0) % 8 == 0 or rows == 1)
-        and x.data_ptr() % 16 == 0
-    ):
-        return x
-    gathered = torch.empty((rows, slots), dtype=x.dtype, device=x.device)
-    found = function("gather.cu", "gather", {}, 0, x.device.index)
+    across, along = x.stride()
+    if inputs % 8 or x.data_ptr() % 16 or (along != 1 and inputs > 1):
+        return False
+    return rows == 1 or (across % 8 == 0 and across >= inputs)
+
+
+def _gather(x: torch.Tensor, columns: torch.Tensor | None, slots: int, stream: int) -> torch.Tensor:
+    """Return x in the order of slots."""
+    rows, inputs = x.shape
+    gathered = x.new_empty((rows, slots))
+    found = function("gather.cu", "gather", {}, 0, x.get_device())
     launch = Launch(found, (-(-slots // _THREADS), min(rows, _MOST_GRID_Y), 1), _THREADS, 0, stream, overlap=False)
-    launch(_GATHER.pack(x.data_ptr(), _at(columns), gathered.data_ptr(), x.stride(0), x.stride(1), rows, inputs, slots))
+    launch(_GATHER.pack(x.data_ptr(), _at(columns), gathered.data_ptr(), *x.stride(), rows, inputs, slots))
     return gathered
 
 
@@ -143,20 +165,19 @@ def _dequantize(
     codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None, factor: torch.Tensor | None,
     columns: torch.Tensor | None, outputs: int, inputs: int, form: int, half: bool, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    device = codes.device.index
-    values = torch.empty((outputs, inputs), dtype=dtype, device=codes.device)
+    device = codes.get_device()
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return _dequantize(codes, scales, zeros, factor, columns, outputs, inputs, form, half, dtype)
+    values = codes.new_empty((outputs, inputs), dtype=dtype)
     stored = decode(form, half=half, scale=_name(scales))
     tiles, chunks, _ = codes.shape
-    with _on(device):
-        found = function("dense.cu", "dequantize", {**stored.definitions(), "OUT": _OUT[dtype]}, 0, device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launch = Launch(found, (-(-chunks // 8), tiles, 1), _THREADS, 0, stream, overlap=False)
-        launch(
-            _DENSE.pack(
-                codes.data_ptr(), _at(scales), _at(zeros), _at(factor), _at(columns), values.data_ptr(),
-                outputs, inputs, tiles, chunks, 1 if scales is None else scales.shape[1],
-            )
-        )  # fmt: skip
+    found = function("dense.cu", "dequantize", {**stored.definitions(), "OUT": _OUT[dtype]}, 0, device)
+    stream = _stream(device)
+    launch = Launch(found, (-(-chunks // 8), tiles, 1), _THREADS, 0, stream, overlap=False)
+    groups = 1 if scales is None else scales.shape[1]
+    weight = (codes.data_ptr(), _at(scales), _at(zeros), _at(factor), _at(columns))
+    launch(_DENSE.pack(*weight, values.data_ptr(), outputs, inputs, tiles, chunks, groups))
     return values
 
 
@@ -166,10 +187,6 @@ def _at(tensor: torch.Tensor | None) -> int:
 
 def _name(scales: torch.Tensor | None) -> str:
     return "" if scales is None else str(scales.dtype).removeprefix("torch.")
-
-
-def _on(device: int) -> AbstractContextManager[object]:
-    return nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device)
 
 
 def _fake_linear(

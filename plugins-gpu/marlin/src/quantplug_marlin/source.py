@@ -18,7 +18,7 @@ _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 def source_of(file: str, definitions: Mapping[str, int]) -> str:
     """Return a file of `cuda/` with all that it includes, below definitions."""
     lines = [f"#define {name} {value}" for name, value in definitions.items()]
-    if definitions.get("WARPGROUP"):
+    if file == "warpgroup.cu":
         lines.append(_warpgroup_step(definitions["TOKENS"], half=bool(definitions["HALF"])))
     return "\n".join([*lines, _whole(file)])
 

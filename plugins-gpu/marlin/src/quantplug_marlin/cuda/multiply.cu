@@ -7,8 +7,7 @@
 //
 // Set by the host, beside what codes.cuh names: TILES (of 16 outputs per warp), TOKENS (rows of x per block, a multiple of
 // 8), WARPS_N, WARPS_K, DEPTH (chunks under way), SHARES, BLOCKS (per multiprocessor), SUBS (scales per chunk and output:
-// 0, 1, 2 or 4), PER_GROUP (such parts of a chunk per group), SCALE_BYTES (2 or 4), SCALE_HALF, WARPGROUP (wgmma takes
-// the place of mma).
+// 0, 1, 2 or 4), PER_GROUP (such parts of a chunk per group), SCALE_BYTES (2 or 4), SCALE_HALF.
 
 #include "codes.cuh"
 #include "memory.cuh"
@@ -26,8 +25,7 @@
 #define X_RING (DEPTH * X_STAGE)
 #define RING_BYTES (WARPS_K * X_RING + WARPS_N * WARPS_K * DEPTH * WARP_STAGE)
 #define SUM_BYTES (WARPS_N * ITEMS * 512)
-// wgmma reads x and registers on its own, so the stage before last is free one chunk later.
-#define AHEAD (WARPGROUP ? DEPTH - 2 : DEPTH - 1)
+#define AHEAD (DEPTH - 1)
 
 struct Args {
     const u8* x;
@@ -176,11 +174,7 @@ __device__ __forceinline__ void read_codes(const Place& at, int stage, int tile,
     }
 }
 
-#if WARPGROUP
-#include "warpgroup.cuh"
-#else
 #include "warp.cuh"
-#endif
 
 // Zero points of weights that have one group only; they hold for all chunks.
 __device__ __forceinline__ void read_fixed_zeros(const Args& args, const Place& at, u32 (&fixed)[TILES][2]) {
