@@ -50,11 +50,14 @@ REFUSED = {
     "moe-ct-glm4-fp8-block-free": ("QP-ST-DTYPE", "its embeddings are quantized"),
     "moe-hf-deepseek-v3-fp8-block128": ("QP-SKIP-AMBIGUOUS", "dense weights have scales of uninitialized memory"),
     "moe-hf-deepseek-v3-fp8-block32": ("QP-ST-MISSING", SPLIT),
+    "moe-hf-gemma4-fp8-block64": ("QP-ST-MISSING", "scales are called `scale`, and the router's was never written to"),
     "moe-hf-glm4-fp8-block128": ("QP-ST-MISSING", SPLIT),
     "moe-hf-mixtral-fp8-block128": ("QP-ST-MISSING", SPLIT),
     "moe-hf-qwen3-fp8-block128": ("QP-ST-MISSING", SPLIT),
     "moe-hf-qwen3-fp8-block128-ue8m0": ("QP-ST-MISSING", SPLIT),
     "moe-hf-qwen3-fp8-tensor": ("QP-ST-MISSING", SPLIT),
+    "moe-mo-gpt-oss-mxfp4-wo": ("QP-ST-DTYPE", "its experts are grouped along their outputs"),
+    "mo-int8-smoothquant": ("QP-CFG-REFUSED", "inputs are multiplied by a stored scale"),
     "small-hf-mixtral-fp8-block32": ("QP-ST-MISSING", SPLIT),
 }
 """Checkpoints that must be refused: the code, and what is wrong with them."""
