@@ -66,7 +66,7 @@ class CpuProvider(PlatformProvider):
             features=_CPU_FEATURES.intersection(words.split()),
             memory=int(kilobytes[0]) * 1024 if kilobytes else None,
             versions=_torch_version(),
-            device=f"{self._value('cpuinfo', 'model name') or machine}, {_threads()} threads",
+            device=f"{self._value('cpuinfo', 'model name') or machine}, {_workers()}",
         )
 
     def _value(self, file: str, key: str) -> str:
@@ -179,13 +179,13 @@ def _wrong(found: object, kind: str) -> str:
     )
 
 
-def _threads() -> int:
-    """Return how many threads torch uses unless it is told otherwise, without importing it."""
+def _workers() -> str:
+    """Return how many threads torch was told to use, or else how many processors it can use, without importing it."""
     wish = os.environ.get("OMP_NUM_THREADS", "")
     if wish.isdecimal() and int(wish) > 0:
-        return int(wish)
+        return f"{int(wish)} threads"
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return f"{len(affinity(0)) if affinity is not None else os.cpu_count() or 1} processors"
 
 
 def _torch_version() -> tuple[tuple[str, str], ...]:

@@ -252,11 +252,12 @@ class LinearProblem:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of codes, scales and zero points at their stored width, without the few of a g_idx or global scale."""
+        """Bytes of codes, scales, zero points and g_idx at their stored width, without the few of a global scale."""
         total = 0
         for segment in self.segments:
             weight, n, k = segment.weight, segment.out_features, self.in_features
             # A scale dtype that nobody knows is for kernels to refuse.
             per_scale = SCALE_BYTES.get(weight.scale_dtype, 4) + weight.zero_points
+            total += 4 * k if weight.act_order else 0
             total += n * k * weight.element.bits // 8 + prod(scale_shape(weight.granularity, n, k)) * per_scale
         return total

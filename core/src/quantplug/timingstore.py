@@ -66,7 +66,7 @@ def add_timings(path: Path, measurements: Sequence[Measurement]) -> Timings:
     Add measurements to the file, each in place of an earlier one of its key, and return all that it then has.
 
     Processes that do so at once wait for each other; who reads sees the file before or after, never in between. What
-    cannot be read is replaced.
+    cannot be read is replaced, and the result has the warning about it.
 
     Raises:
         PlanError: `QP-PLAN-TIMINGS` when the file cannot be written, or another process holds it for a minute.
@@ -77,7 +77,8 @@ def add_timings(path: Path, measurements: Sequence[Measurement]) -> Timings:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(path.name + ".lock"), timeout=_LOCK_SECONDS):
-            merged = Timings((*read_timings(path).measurements, *measurements))
+            before = read_timings(path)
+            merged = Timings((*before.measurements, *measurements), before.warning)
             body = {"version": VERSION, "measurements": [_to_json(m) for m in merged.measurements]}
             fresh.write_text(json.dumps(body, indent=1), encoding="utf-8")
             fresh.replace(path)
