@@ -114,7 +114,7 @@ def fit_weight(weight: Weight, spec: WeightSpec) -> Weight:
 
     if weight.spec == spec:
         return weight
-    if common_spec((weight.spec, spec)) != spec and not isinstance(weight.spec.granularity, PerBlock):
+    if common_spec((weight.spec, spec)) != spec:
         raise ValueError(f"{weight.spec.describe()} cannot become {spec.describe()} without rounding")
     scales, zeros = weight.scales, weight.zeros
     if weight.spec.granularity != spec.granularity:
