@@ -97,7 +97,7 @@ def _check(task: tuple[str, Case], rows: tuple[int, ...], folder: Path) -> Check
 def _compare(contender: Contender, held: Held, case: Case, rows: tuple[int, ...], result: Checked) -> None:
     device = torch.device("cuda")
     values = case.weight(device).dequantize(torch.float32)
-    for count in contender.rows(rows):
+    for count in contender.rows(rows, case):
         x = case.inputs(count, device)
         y = contender.call(contender.ready(x, case), held, case)
         some = sorted({*range(min(count, _COMPARED)), *range(max(0, count - _COMPARED), count)})

@@ -66,7 +66,7 @@ class Contender(ABC):
     def call(self, x: Any, held: Held, case: Case) -> torch.Tensor:
         """Return y `[M, N]`: what is timed."""
 
-    def rows(self, asked: tuple[int, ...]) -> tuple[int, ...]:
+    def rows(self, asked: tuple[int, ...], case: Case) -> tuple[int, ...]:
         """Return the numbers of rows that are worth measuring."""
         return asked
 
@@ -106,11 +106,15 @@ class Ours(Contender):
         """Run the layer."""
         return self.kernel.apply(x, Prepared(self.kernel.layout_id, case.problem, held.tensors, held.facts), None)
 
-    def rows(self, asked: tuple[int, ...]) -> tuple[int, ...]:
-        """Leave out many rows for Triton's own product, and what takes humming long to compile."""
+    def rows(self, asked: tuple[int, ...], case: Case) -> tuple[int, ...]:
+        """Leave out what nobody would choose by far, and what takes humming long to compile."""
         if self.name == "triton.wna16":
             return tuple(rows for rows in asked if rows <= 2048)
-        return tuple(rows for rows in asked if rows in _HUMMING_ROWS) if self.name.startswith("humming") else asked
+        if self.name == "triton.wna16.dense":
+            return tuple(rows for rows in asked if rows >= 2048)
+        if self.name.startswith("humming"):
+            return () if FORMATS[case.format].quantizes_x else tuple(rows for rows in asked if rows in _HUMMING_ROWS)
+        return asked
 
 
 def ours() -> list[Contender]:

@@ -51,10 +51,10 @@ that n roundings in a row can add up to (Higham, Accuracy and Stability of Numer
    below float32's normal range, which processors may flush to zero (x86's product of BF16 pairs does so with x and
    weights): `2^-126` per operation, and times the other operand.
 
-6. "splits" to t: the sum over K is cut into parts, of 64 inputs or more, that are rounded to t and added up in t, in any
-   order. Parts without a product that is not 0 are exact: with Z such products `S = min(⌈K / 64⌉, Z)` others are left
-   and each passes S roundings at most, which is `((1 + u(t))^S - 1) (T + E) + 2 S h(t)` more, where T is the sum of
-   magnitudes in 3. Little follows from that for a long sum; with the identity as x there is one product, and one
+6. "splits" to t: the sum over K is cut into parts of 64 inputs or more, which are rounded to t and added up in t, in
+   any order. Parts without a product that is not 0 are exact: with Z such products, at most `S = min(ceil(K / 64), Z)`
+   are not. Each passes S roundings at most, which is `((1 + u(t))^S - 1) (T + E) + 2 S h(t)` more, where T is the sum
+   of magnitudes in 3. Little follows from that for a long sum; with the identity as x there is one product, and one
    rounding.
 
 7. "partials" to t: the product is rounded before the bias is added: `u(t) (|y - b| + E) + h(t)` more. Storing y in its
