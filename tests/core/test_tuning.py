@@ -277,7 +277,7 @@ def test_tune_measures_keeps_and_changes_the_choice(tuned):
     for item in report.problems:
         assert item.before.kernel.startswith("a.")
         assert (item.before.basis, item.after.basis) == ("estimated", "measured")
-        assert item.after.layout_id == "toy"
+        assert item.after.kernel not in ("a.boaster", "a.wrong")
         by_kernel = {m.kernel: m for m in item.measurements}
         assert "reference" not in by_kernel
         assert "y[0, 0]" in by_kernel["a.wrong"].wrong
