@@ -7,10 +7,23 @@ Each says in its docstring what is wrong, and in `caught_by` which conformance t
 
 from __future__ import annotations
 
-from quantplug_testkit.zoo import calls, floats, inputs, promises, results, weights
+from quantplug_testkit.zoo import (
+    calls,
+    expert_calls,
+    expert_functions,
+    expert_promises,
+    expert_routing,
+    expert_weights,
+    floats,
+    inputs,
+    promises,
+    results,
+    weights,
+)
 from quantplug_testkit.zoo.broken import Broken, Misread
+from quantplug_testkit.zoo.broken_experts import BrokenExperts, MisquantizingExperts, MisreadExperts
 
-__all__ = ["ZOO", "Broken"]
+__all__ = ["EXPERT_ZOO", "ZOO", "Broken", "BrokenExperts"]
 
 ZOO: tuple[type[Broken], ...] = tuple(
     kind
@@ -18,4 +31,14 @@ ZOO: tuple[type[Broken], ...] = tuple(
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Broken) and kind not in (Broken, Misread, inputs.Misquantizer)
 )
-"""Every broken kernel, to be instantiated without arguments."""
+"""Every broken kernel for linear layers, to be instantiated without arguments."""
+
+_BASES = (BrokenExperts, MisreadExperts, MisquantizingExperts, expert_routing.Reroutes, expert_calls.Wrapped)
+
+EXPERT_ZOO: tuple[type[BrokenExperts], ...] = tuple(
+    kind
+    for module in (expert_weights, expert_functions, expert_routing, expert_calls, expert_promises)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, BrokenExperts) and kind not in _BASES
+)
+"""Every broken kernel for experts, to be instantiated without arguments."""
