@@ -16,6 +16,7 @@ SUBJECTS = (
     "converting",
     "cpu_linear",
     "cpu_formats",
+    "cpu_moe",
     "decode",
 )
 

@@ -189,7 +189,7 @@ def test_gradients_reach_x_and_the_router() -> None:
 def test_the_operator_of_compiled_models_is_registered_as_it_should_be() -> None:
     asked = problem(UINT4, bias=True)
     layer, given = prepared(Int4Experts(), asked), rows(asked, [[0, 3], [3, -1]])
-    first, second = (list(part.tensors.values()) for part in layer.parts)
+    first, second = ([part.tensors[name] for name in sorted(part.tensors)] for part in layer.parts)
     biases = layer.tensors["b13"], layer.tensors["b2"]
     operands = (*given, None, first, second, *biases, layer.meta["kind"])
     torch.library.opcheck(torch.ops.quantplug_cpu.experts.default, operands)

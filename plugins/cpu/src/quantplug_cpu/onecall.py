@@ -35,7 +35,7 @@ class _Part:
 
     @classmethod
     def of(cls, stack: Prepared) -> _Part:
-        return cls(stack.layout_id, stack.problem, tuple(stack.tensors), tuple(stack.meta.items()))
+        return cls(stack.layout_id, stack.problem, tuple(sorted(stack.tensors)), tuple(sorted(stack.meta.items())))
 
     def stack(self, tensors: list[torch.Tensor]) -> Stack:
         named = dict(zip(self.names, tensors, strict=True))
@@ -84,7 +84,7 @@ def call(
     expert_map: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return what `run` returns, by one operator."""
-    first, second = (list(part.tensors.values()) for part in prepared.parts)
+    first, second = ([part.tensors[name] for name in sorted(part.tensors)] for part in prepared.parts)
     b13, b2 = prepared.tensors.get("b13"), prepared.tensors.get("b2")
     return _experts(x, topk_weights, topk_ids, expert_map, first, second, b13, b2, prepared.meta["kind"])
 
