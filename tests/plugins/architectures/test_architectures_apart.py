@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from tiny_families import EXPERTS, FAMILIES, HIDDEN, INNER, REFERENCE, anything, build, scheme_of, write_apart
+from tiny_families import EXPERTS, FAMILIES, HIDDEN, INNER, REFERENCE, anything, scheme_of, write_apart
 
 from quantplug.load import load_layers
 from quantplug.planner import plan
@@ -50,19 +50,6 @@ SUFFIXES = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Build each family once."""
-    built = {}
-
-    def get(family):
-        if family not in built:
-            built[family] = build(family, tmp_path_factory.mktemp(family))
-        return built[family]
-
-    return get
-
-
 def check(directory, written, experts=None):
     """Plan and load; every expert's values are those written, its biases too."""
     made = plan(directory, dtype="float32", policy=REFERENCE)
@@ -86,7 +73,7 @@ def check(directory, written, experts=None):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_suffix_of_every_format_reaches_its_expert(name, models, tmp_path):
     """Scalars and vectors among them; none is left, none is read for another expert."""
-    tiny = models("qwen3_moe")
+    tiny, _ = models("qwen3_moe")
     written = write_apart(tiny, tmp_path, scheme_of(tiny, tmp_path, FORMATS[name]), make=anything)
     made, loaded = check(tmp_path, written)
     layer = made.layer("model.layers.1.mlp.experts")
@@ -104,7 +91,7 @@ def test_every_suffix_of_every_format_reaches_its_expert(name, models, tmp_path)
 )  # fmt: skip
 def test_every_family_finds_its_experts(family, name, models, tmp_path):
     """In its own place, with its own fields of config.json, with biases where it has some."""
-    tiny = models(family)
+    tiny, _ = models(family)
     written = write_apart(tiny, tmp_path, scheme_of(tiny, tmp_path, FORMATS[name]), make=anything)
     made, _ = check(tmp_path, written, tiny.experts)
     problem = made.layer(next(iter(written))).problem
@@ -127,7 +114,7 @@ def test_every_family_finds_its_experts(family, name, models, tmp_path):
 )
 def test_mixtral_is_read_in_three_spellings(names, parent, models, tmp_path):
     """Transformers', llm-compressor's and GPTQModel's."""
-    tiny = models("mixtral")
+    tiny, _ = models("mixtral")
     scheme = scheme_of(tiny, tmp_path, FORMATS["gptq"])
     written = write_apart(tiny, tmp_path, scheme, names, place=lambda path: path.replace("block_sparse_moe", parent))
     check(tmp_path, written)
@@ -136,7 +123,7 @@ def test_mixtral_is_read_in_three_spellings(names, parent, models, tmp_path):
 
 def test_listed_groups_and_zero_points_are_each_experts_own(models, tmp_path):
     """GPTQ with act-order: every projection of every expert has another g_idx."""
-    tiny = models("qwen3_moe")
+    tiny, _ = models("qwen3_moe")
     scheme = scheme_of(tiny, tmp_path, {**FORMATS["gptq"], "desc_act": True, "sym": False})
     written = write_apart(tiny, tmp_path, scheme, make=anything)
     assert not torch.equal(*(written["model.layers.0.mlp.experts"][number][0].g_idx for number in (0, 1)))
@@ -147,7 +134,7 @@ def test_listed_groups_and_zero_points_are_each_experts_own(models, tmp_path):
 @pytest.mark.parametrize("family", ["mixtral", "gemma4"])
 def test_text_models_within_others_are_found(family, models, tmp_path):
     """By the model_type of text_config, where what the experts are is said, too."""
-    tiny = models(family)
+    tiny, _ = models(family)
     outer = {"model_type": "something_vl", "text_config": tiny.config}
     scheme = scheme_of(tiny, tmp_path, FORMATS["fp8_block"])
     quantization = FORMATS["fp8_block"]

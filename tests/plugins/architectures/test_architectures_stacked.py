@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import EXPERTS, FAMILIES, HIDDEN, INNER, REFERENCE, anything, build, encoded, scheme_of
+from tiny_families import EXPERTS, FAMILIES, HIDDEN, INNER, REFERENCE, anything, encoded, scheme_of
 
 from quantplug.errors import CheckpointError
 from quantplug.load import load_layers
@@ -19,20 +19,6 @@ from quantplug.spec import LinearShape
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
 MXFP4 = {"quant_method": "mxfp4"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Build each family once, with the directory it is saved in."""
-    built = {}
-
-    def get(family):
-        if family not in built:
-            directory = tmp_path_factory.mktemp(family)
-            built[family] = build(family, directory), directory
-        return built[family]
-
-    return get
 
 
 def joined(scheme, expert, *, interleaved):
