@@ -17,9 +17,10 @@ from quantplug.expertweights import ExpertWeights
 from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.weight import ActivationParams, Weight
 from quantplug_testkit.activation import make_activation
-from quantplug_testkit.canonical import Scales, Zeros, make_weight, segment_of, to_float64
+from quantplug_testkit.canonical import Scales, Zeros, make_weight
 from quantplug_testkit.conformance.platforms import DTYPES
-from quantplug_testkit.oracles.experts import Expert, Layer, Stored
+from quantplug_testkit.experts import expert_of
+from quantplug_testkit.oracles.experts import Layer
 
 if TYPE_CHECKING:
     from quantplug.spec import WeightSpec
@@ -102,7 +103,7 @@ def oracle_layer(hazard: ExpertHazard, *, quantizes_x: bool) -> Layer:
     """Return the hazard's experts as plain numbers."""
     problem = hazard.problem
     return Layer(
-        tuple(_expert(hazard.expert(number)) for number in range(problem.experts)),
+        tuple(expert_of(hazard.expert(number)) for number in range(problem.experts)),
         problem.function,
         problem.activation if quantizes_x else None,
         problem.router_weight_on_input,
@@ -169,28 +170,6 @@ def family(
         )
         for dtype in DTYPES
     ]  # fmt: skip
-
-
-def _expert(weights: ExpertWeights) -> Expert:
-    bias = torch.cat(weights.b13) if weights.b13 else None
-    return Expert(
-        tuple(segment_of(weight) for weight in weights.w13),
-        segment_of(weights.w2),
-        None if bias is None else to_float64(bias),
-        None if weights.b2 is None else to_float64(weights.b2),
-        tuple(_stored(params) for params in weights.a13),
-        _stored(weights.a2),
-    )
-
-
-def _stored(params: ActivationParams | None) -> Stored:
-    if params is None:
-        return Stored()
-    return Stored(
-        None if params.scale is None else float(params.scale),
-        0 if params.zero is None else int(params.zero),
-        1.0 if params.global_scale is None else float(params.global_scale),
-    )
 
 
 def _stretched(params: ActivationParams | None, gain: float) -> ActivationParams | None:
