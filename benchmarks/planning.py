@@ -1,5 +1,5 @@
 """
-How long a plan takes: 100,000 tensors, headers only: `python -m benchmarks.planning [--json]`.
+How long a plan takes: 100,000 tensors of experts, headers only: `python -m benchmarks.planning [--json]`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import quantplug
+from quantplug.checkpoint import open_checkpoint
+from quantplug.config import read_model_config, resolve_config
+from quantplug.inventory import inventory_of
+from quantplug.plugins import registry
 
-TENSORS = 100_000
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LAYERS, EXPERTS = 66, 128
 HIDDEN, INNER, GROUP = 2048, 1024, 128
 SUFFIXES = {
     "qweight": ("I32", 4, lambda n, k: (k // 8, n)),
@@ -23,19 +30,20 @@ SUFFIXES = {
     "g_idx": ("I32", 4, lambda n, k: (k,)),
 }
 PROJECTIONS = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+TENSORS = LAYERS * EXPERTS * len(PROJECTIONS) * len(SUFFIXES)
 
 
-def write(directory: Path, count: int = TENSORS) -> None:
-    """Write a GPTQ checkpoint of that many tensors whose data are a hole in a sparse file."""
+def write(directory: Path) -> None:
+    """Write a GPTQ checkpoint of experts whose data are a hole in a sparse file."""
     header: dict[str, Any] = {}
     position = 0
-    for number in range(count // (len(PROJECTIONS) * len(SUFFIXES))):
+    for number in range(LAYERS * EXPERTS):
         for name, (n, k) in PROJECTIONS.items():
             for suffix, (dtype, width, shape) in SUFFIXES.items():
                 size = width
                 for dimension in shape(n, k):
                     size *= dimension
-                path = f"model.layers.{number // 128}.mlp.experts.{number % 128}.{name}.{suffix}"
+                path = f"model.layers.{number // EXPERTS}.mlp.experts.{number % EXPERTS}.{name}.{suffix}"
                 header[path] = {"dtype": dtype, "shape": shape(n, k), "data_offsets": [position, position + size]}
                 position += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -43,24 +51,34 @@ def write(directory: Path, count: int = TENSORS) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + position)
     config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
-    (directory / "config.json").write_text(json.dumps({"model_type": "mixtral", "quantization_config": config}))
+    model = {"model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": 8}
+    (directory / "config.json").write_text(json.dumps({**model, "quantization_config": config}))
 
 
 def measure(runs: int = 5) -> dict[str, Any]:
-    """Plan for the CPU several times and return the median."""
+    """Find the experts among the names, and plan for the CPU, several times; return medians."""
     with tempfile.TemporaryDirectory() as name:
         write(Path(name))
-        wall, cpu = [], []
+        checkpoint, model_config, installed = open_checkpoint(Path(name)), read_model_config(Path(name)), registry()
+        config = resolve_config(name, installed)
+        steps: dict[str, Callable[[], Any]] = {
+            "resolve": lambda: inventory_of(checkpoint, model_config, installed, config),
+            "plan": lambda: quantplug.plan(name, platform="cpu"),
+        }
+        wall: dict[str, list[float]] = {step: [] for step in steps}
+        cpu: dict[str, list[float]] = {step: [] for step in steps}
         for _ in range(runs):
-            started = time.perf_counter(), time.process_time()
-            made = quantplug.plan(name, platform="cpu")
-            wall.append(time.perf_counter() - started[0])
-            cpu.append(time.process_time() - started[1])
+            for step, work in steps.items():
+                started = time.perf_counter(), time.process_time()
+                work()
+                wall[step].append(time.perf_counter() - started[0])
+                cpu[step].append(time.process_time() - started[1])
+        layers = len(quantplug.plan(name, platform="cpu").layers)
     return {
         "tensors": TENSORS,
-        "layers": len(made.layers),
-        "seconds": statistics.median(wall),
-        "cpu_seconds": statistics.median(cpu),
+        "layers": layers,
+        **{f"{step}_seconds": statistics.median(times) for step, times in wall.items()},
+        **{f"{step}_cpu_seconds": statistics.median(times) for step, times in cpu.items()},
     }
 
 
@@ -73,8 +91,9 @@ def main() -> None:
         print(json.dumps(result, indent=2))
     else:
         print(
-            f"{result['tensors']:,} tensors, {result['layers']:,} layers: {result['seconds']:.2f} s "
-            f"({result['cpu_seconds']:.2f} s of CPU)"
+            f"{result['tensors']:,} tensors of experts in {result['layers']:,} layers: names resolved in "
+            f"{result['resolve_seconds']:.2f} s ({result['resolve_cpu_seconds']:.2f} s of CPU), planned in "
+            f"{result['plan_seconds']:.2f} s ({result['plan_cpu_seconds']:.2f} s of CPU)"
         )
 
 
