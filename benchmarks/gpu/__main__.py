@@ -20,7 +20,7 @@ from benchmarks.gpu.checking import check_all
 from benchmarks.gpu.contenders import ours
 from benchmarks.gpu.measuring import ceilings, measure
 from benchmarks.gpu.peers import PEERS
-from benchmarks.gpu.table import HEADER, everyone, row, summary
+from benchmarks.gpu.table import HEADER, compact, everyone, row, summary
 from benchmarks.gpu.timing import COLD_BYTES
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark measures a GPU: torch.cuda.is_available() is False here")
     started = time.monotonic()
-    rows = QUICK_ROWS if options.quick else ROWS
+    rows = tuple(options.rows or (QUICK_ROWS if options.quick else ROWS))
     shapes = QUICK_SHAPES if options.quick else SHAPES
     mine = [contender.name for contender in ours()]
     pairs = [(name, kind) for kind in FORMATS for name in mine if _wanted(f"{name}/{kind}", options.only)]
@@ -57,6 +57,7 @@ def main() -> None:
             points.append(point)
             print(row(point, names, counted), flush=True)
     print("", *everyone(points, [*names, *(peer.name for peer in peers)]), sep="\n")
+    print("", *compact(points, names, counted), sep="\n")
     print("", *summary(points, names, counted), sep="\n")
     print(f"\nchecked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s")
     if options.json:
@@ -72,6 +73,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures to a file")
     parser.add_argument("--quick", action="store_true", help="two shapes and four numbers of rows")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help="these numbers of rows")
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="KERNEL/FORMAT",
         help='which of our kernels, for which formats: "marlin*", "*/int4*", "cublas.w8a8/fp8 block w8a8"',

@@ -19,8 +19,6 @@ from quantplug.weight import Prepared
 if TYPE_CHECKING:
     from quantplug.kernel import LinearKernel
 
-_HUMMING_ROWS = (1, 16, 128, 2048)
-
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -107,14 +105,10 @@ class Ours(Contender):
         return self.kernel.apply(x, Prepared(self.kernel.layout_id, case.problem, held.tensors, held.facts), None)
 
     def rows(self, asked: tuple[int, ...], case: Case) -> tuple[int, ...]:
-        """Leave out what nobody would choose by far, and what takes humming long to compile."""
+        """Leave out what nobody would choose by far: the portable kernel for very many rows, dequantizing for few."""
         if self.name == "triton.wna16":
             return tuple(rows for rows in asked if rows <= 2048)
-        if self.name == "triton.wna16.dense":
-            return tuple(rows for rows in asked if rows >= 2048)
-        if self.name.startswith("humming"):
-            return () if FORMATS[case.format].quantizes_x else tuple(rows for rows in asked if rows in _HUMMING_ROWS)
-        return asked
+        return tuple(rows for rows in asked if rows >= 2048) if self.name == "triton.wna16.dense" else asked
 
 
 def ours() -> list[Contender]:

@@ -55,6 +55,22 @@ def summary(points: Sequence[Point], ours: Sequence[str], peers: Sequence[str]) 
     return lines
 
 
+def compact(points: Sequence[Point], ours: Sequence[str], peers: Sequence[str]) -> list[str]:
+    """Return a table with a line for each layer: of our fastest kernel the microseconds, and over the best peer's."""
+    rows = list(dict.fromkeys(point.rows for point in points))
+    lines = [f"| format | N x K | {' | '.join(f'M = {count}' for count in rows)} |", "|---" * (2 + len(rows)) + "|"]
+    layers: dict[tuple[str, int, int], dict[int, str]] = {}
+    for point in points:
+        mine, theirs = best(point, ours), best(point, peers)
+        cell = f"{mine[1]:.1f} {mine[0].partition('.')[0]}" if mine else "-"
+        if mine and mine[0].endswith(".dense"):
+            cell += ".dense"
+        layers.setdefault((point.format, point.n, point.k), {})[point.rows] = f"{cell} ({_ratio(mine, theirs)})"
+    for (kind, n, k), cells in layers.items():
+        lines.append(f"| {kind} | {n} x {k} | {' | '.join(cells.get(count, '-') for count in rows)} |")
+    return lines
+
+
 def everyone(points: Sequence[Point], names: Sequence[str]) -> list[str]:
     """Return a table of every contender's microseconds, one line for each layer and number of rows."""
     lines = [f"| format | N x K | M | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
