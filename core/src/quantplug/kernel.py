@@ -98,7 +98,7 @@ class Rejected:
 
     Attributes:
         code: stable reason: "platform", "arch", "dtype", "element", "granularity", "shape", "act_order", "segments",
-            "activation", "dependency", "probe", "policy" or "error".
+            "activation", "function" (of experts), "dependency", "probe", "policy" or "error".
         reason: the fact that failed, with its number ("in_features 1000 is not a multiple of 128").
         fix: the nearest that fits, or "".
     """

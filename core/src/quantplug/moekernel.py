@@ -24,9 +24,10 @@ class MoEKernel(ABC):
     One implementation of `quantplug.moe` on one family of machines; `quantplug_kernels` returns instances.
 
     Any `LinearKernel` serves experts already, one after the other (`loop.<its name>`); a kernel of this kind does so in
-    one go. Imports, purity and state are as for a `LinearKernel`. What comes out of f is rounded to the problem's dtype
-    before the second product; every other rounding is declared (`Cast`): "gate_up", the first product before f, and
-    "expert", an expert's output before the router's weight multiplies it, are the ones that only experts have.
+    one go. Imports, purity and state are as for a `LinearKernel`. What comes out of f may be rounded to the problem's
+    dtype before the second product, and so may x times a router's weight that is on the input; every other rounding is
+    declared (`Cast`): "gate_up", the first product before f, and "expert", an expert's output before the router's
+    weight multiplies it or after, are the ones that only experts have.
     """
 
     __slots__ = ()
