@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
-from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor, scale_shape
+from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 ELEMENTS = (ElementType.FLOAT8_E4M3FN, ElementType.FLOAT8_E5M2)
-SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Scale dtypes that float32 holds without rounding, and their bytes."""
+SCALES = ("float32", "bfloat16", "float16")
+"""Scale dtypes that float32 holds without rounding."""
 
 BLOCK = 128
 """Rows and inputs of a block, and inputs of a group of x: the only size that cuBLAS has."""
@@ -45,12 +45,12 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     mode, n, k = mode_of(problem), problem.out_features, problem.in_features
     if mode == "block" and platform.arch not in ("", "9.0"):
         return Rejected("arch", f"blocks of weights on compute capability {platform.arch}", "9.0 has products for them")
-    held, entitled = bytes_held(problem), _entitled_bytes(problem)
+    held = bytes_held(problem)
     notes = [f"K is filled up to {width(problem)}"] if width(problem) != k else []
     return Accepted(
         Cost(_LAUNCHES_US[mode] + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
         casts=(Cast("accumulator", "float22_e8m13"),),
-        extra_bytes=max(0, held - entitled),
+        extra_bytes=max(0, held - problem.stored_bytes),
         notes=tuple(notes),
         quantizes_x=True,
     )
@@ -115,16 +115,6 @@ def scale_count(mode: str, part: tuple[SegmentSpec, ...], rows: int, inputs: int
     return 1 if len(part) == 1 and isinstance(part[0].weight.granularity, PerTensor) else rows
 
 
-def _entitled_bytes(problem: LinearProblem) -> int:
-    """Return the bytes of codes and scales as the file has them, and of stored scales of x."""
-    total = 0
-    for segment in problem.segments:
-        rows, groups = scale_shape(segment.weight.granularity, segment.out_features, problem.in_features)
-        total += segment.out_features * problem.in_features
-        total += rows * groups * SCALE_BYTES[segment.weight.scale_dtype]
-    return total
-
-
 def _refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
     if platform.kind != "cuda":
         return Rejected("platform", f"runs on cuda, not on {platform}")
@@ -145,8 +135,8 @@ def _refuse_weight(problem: LinearProblem) -> Rejected | None:
         return Rejected("element", f"codes are {weight.element}", " or ".join(ELEMENTS))
     if weight.act_order:
         return Rejected("act_order", "g_idx gives inputs an order of their own", "weights in the order of inputs")
-    if weight.scale_dtype not in SCALE_BYTES:
-        return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}")
+    if weight.scale_dtype not in SCALES:
+        return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALES)}")
     if weight.global_scale:
         return Rejected("dtype", "a global scale multiplies the scales", "scales without one")
     if not isinstance(weight.granularity, PerTensor | PerChannel) and weight.granularity != PerBlock(BLOCK, BLOCK):

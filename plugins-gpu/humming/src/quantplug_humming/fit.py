@@ -8,7 +8,7 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
-from quantplug.spec import ElementType, PerBlock, PerChannel, PerGroup, PerTensor, scale_shape
+from quantplug.spec import ElementType, PerBlock, PerChannel, PerGroup, PerTensor
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -18,7 +18,7 @@ DTYPE = "bfloat16"
 """Of x. In float16, sums of codes may leave its range before a scale brings them back."""
 
 ELEMENTS = (ElementType.INT4, ElementType.UINT4, ElementType.INT8, ElementType.FLOAT8_E4M3FN)
-SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e8m0fnu": 1}
+SCALES = ("float16", "bfloat16", "float32", "float8_e8m0fnu")
 
 _OLDEST = (8, 0)
 _ROWS = 128
@@ -44,22 +44,12 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     if refusal is not None:
         return refusal
     rows, inputs = filled(problem)
-    weight, stored = problem.segments[0].weight, 0
-    for segment in problem.segments:
-        shape = scale_shape(weight.granularity, segment.out_features, problem.in_features)
-        per_scale = 8 * SCALE_BYTES[weight.scale_dtype] + (8 if weight.zero_points else 0)
-        stored += (
-            segment.out_features * problem.in_features * weight.element.bits + shape[0] * shape[1] * per_scale
-        ) // 8
-    held = _bytes_held(problem)
-    notes = (
-        [f"filled up to [{rows}, {inputs}]"] if (rows, inputs) != (problem.out_features, problem.in_features) else []
-    )
+    held, same = _bytes_held(problem), (rows, inputs) == (problem.out_features, problem.in_features)
     return Accepted(
         Cost(_LAUNCH_US + held / _BYTES_PER_US, rows * inputs / _PRODUCTS_PER_US),
         casts=casts(problem),
-        extra_bytes=max(0, held - stored),
-        notes=tuple(notes),
+        extra_bytes=max(0, held - problem.stored_bytes),
+        notes=() if same else (f"filled up to [{rows}, {inputs}]",),
     )
 
 
@@ -134,9 +124,9 @@ def _refuse_weight(problem: LinearProblem) -> Rejected | None:
         return Rejected("element", f"codes are {weight.element}", f"use one of {', '.join(ELEMENTS)}")
     if weight.act_order:
         return Rejected("act_order", "g_idx gives inputs an order of their own", "weights in the order of inputs")
-    if weight.scale_dtype not in SCALE_BYTES or weight.global_scale:
+    if weight.scale_dtype not in SCALES or weight.global_scale:
         what = "a global scale multiplies scales" if weight.global_scale else "scales"
-        return Rejected("dtype", f"{what} in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}")
+        return Rejected("dtype", f"{what} in {weight.scale_dtype}", f"use one of {', '.join(SCALES)}")
     return _refuse_granularity(weight) or _refuse_sizes(problem)
 
 
