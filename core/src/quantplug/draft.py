@@ -71,8 +71,14 @@ def next_n_modules(
     Raises:
         PlanError: `QP-PLAN-DRAFT` when the files hold no such layers.
     """
-    first = _number_of_layers(model_config)
-    within = [module for module in inventory if _layer(module.name, rules.layers) >= first]
+    first = number_of_layers(model_config)
+    if first is None:
+        raise PlanError(
+            "QP-PLAN-DRAFT", "draft", f"{CONFIG_FILE} does not say {_LAYERS}",
+            expected="the number of the target's layers",
+            fix="Without it next-N layers cannot be told from the model's own.",
+        )  # fmt: skip
+    within = [module for module in inventory if layer_number(module.name, rules.layers) >= first]
     if not within:
         raise PlanError(
             "QP-PLAN-DRAFT",
@@ -129,19 +135,17 @@ def tensors_of(checkpoint: Checkpoint, inventory: Inventory) -> frozenset[str]:
     return frozenset(name for name in checkpoint.tensors if name.rpartition(".")[0] in owners)
 
 
-def _number_of_layers(model_config: Mapping[str, Json]) -> int:
+def number_of_layers(model_config: Mapping[str, Json]) -> int | None:
+    """Return how many layers config.json says that a model has, None where it does not."""
     for part in (model_config, model_config.get("text_config")):
         count = part.get(_LAYERS) if isinstance(part, Mapping) else None
         if isinstance(count, int) and not isinstance(count, bool):
             return count
-    raise PlanError(
-        "QP-PLAN-DRAFT", "draft", f"{CONFIG_FILE} does not say {_LAYERS}", expected="the number of the target's layers",
-        fix="Without it next-N layers cannot be told from the model's own.",
-    )  # fmt: skip
+    return None
 
 
-def _layer(name: str, prefixes: tuple[str, ...]) -> int:
-    """Return the number of the layer that a module lies in, -1 where it lies in none."""
+def layer_number(name: str, prefixes: tuple[str, ...]) -> int:
+    """Return the number of the layer that a module or tensor lies in, -1 where it lies in none."""
     for prefix in prefixes:
         number, _, _ = name.removeprefix(f"{prefix}.").partition(".")
         if name.startswith(f"{prefix}.") and number.isascii() and number.isdecimal():

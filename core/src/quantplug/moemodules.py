@@ -69,6 +69,12 @@ class QuantizedExperts(PreparedModule):
         return self._experts.files
 
     @property
+    def container(self) -> str:
+        """Path of the experts in the files: what the names of all their tensors begin with."""
+        parent = self._layer.segments[0].name.rpartition(".")[0]
+        return parent if self.files.stacked else parent.rpartition(".")[0]
+
+    @property
     def codes_per_expert(self) -> int:
         """Codes of one expert, which is as many bytes in canonical form."""
         return (len(self.problem.w13) + 1) * self.problem.hidden * self.problem.intermediate
@@ -314,6 +320,8 @@ class QuantizedExperts(PreparedModule):
 
     def in_checkpoint_form(self, read: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what was read from the source as a quantized checkpoint holds it; what is dense is quantized anew."""
+        if self.files.stacked and self._layer.segments[0].quantize:
+            raise self._no_way_back("these experts are stacked where they are dense, and written apart when quantized")
         dense = {
             segment.tensors[0][1]: (segment, scheme)
             for segment, scheme in zip(self._layer.segments, self._schemes, strict=True)
