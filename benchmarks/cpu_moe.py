@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from quantplug.expertweights import PreparedExperts
 
     Routing = tuple[torch.Tensor, torch.Tensor]
+    Clock = Callable[[], float]
     Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -142,7 +144,9 @@ def call(run: Layer, x: torch.Tensor, given: Iterator[Routing]) -> Callable[[], 
     return lambda: run(x, *next(given))
 
 
-def measure_shape(shape: Shape, rows: tuple[int, ...], rounds: int, bandwidth: float) -> list[dict[str, Any]]:
+def measure_shape(
+    shape: Shape, rows: tuple[int, ...], rounds: int, bandwidth: float, clock: Clock
+) -> list[dict[str, Any]]:
     """Return one row of figures per format and number of rows."""
     dense = dense_loop(shape)
     figures = []
@@ -156,7 +160,7 @@ def measure_shape(shape: Shape, rows: tuple[int, ...], rounds: int, bandwidth: f
         ]
         for m in rows:
             x = torch.randn(m, shape.hidden, dtype=torch.bfloat16)
-            times = medians([call(run, x, turns(routings(shape, m))) for run in runs], rounds, 0.1)
+            times = medians([call(run, x, turns(routings(shape, m))) for run in runs], rounds, 0.1, clock)
             working = active(shape, m)
             figures.append(
                 {
@@ -176,7 +180,7 @@ def measure_shape(shape: Shape, rows: tuple[int, ...], rounds: int, bandwidth: f
     return figures
 
 
-def measure_active(rounds: int) -> list[dict[str, Any]]:
+def measure_active(rounds: int, clock: Clock) -> list[dict[str, Any]]:
     """Return the time of one row by experts that are held and experts that it chooses: only the latter should count."""
     spec, kernel = FORMATS["int4 g128"]
     cases = [replace(SHAPES[0], experts=e, top_k=t) for e, t in ((16, 8), (32, 8), (64, 8), (64, 2), (64, 4), (64, 16))]
@@ -186,20 +190,20 @@ def measure_active(rounds: int) -> list[dict[str, Any]]:
         x = torch.randn(1, shape.hidden, dtype=torch.bfloat16)
         run: Layer = lambda x, w, i, held=held: kernel.apply(x, w, i, held)  # noqa: E731  # closes over what is held
         calls.append(call(run, x, turns(routings(shape, 1))))
-    times = medians(calls, rounds, 0.05)
+    times = medians(calls, rounds, 0.05, clock)
     return [
         {"experts": shape.experts, "top_k": shape.top_k, "us": time * 1e6}
         for shape, time in zip(cases, times, strict=True)
     ]
 
 
-def measure(*, quick: bool) -> dict[str, Any]:
+def measure(*, quick: bool, clock: Clock) -> dict[str, Any]:
     """Return all figures."""
     bandwidth = read_bandwidth()
     shapes, rows, rounds = (SHAPES[:1], ROWS[:3], 5) if quick else (SHAPES, ROWS, 9)
     with torch.inference_mode():
-        figures = [figure for shape in shapes for figure in measure_shape(shape, rows, rounds, bandwidth)]
-        growth = measure_active(rounds)
+        figures = [figure for shape in shapes for figure in measure_shape(shape, rows, rounds, bandwidth, clock)]
+        growth = measure_active(rounds, clock)
     return {"machine": describe(), "read_bandwidth": bandwidth, "layers": figures, "growth": growth}
 
 
@@ -209,10 +213,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape and few rows")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, which others do not disturb")
     options = parser.parse_args()
+    if options.processor_time:
+        options.threads = 1
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = measure(quick=options.quick)
+    clock = time.process_time if options.processor_time else time.perf_counter
+    result = measure(quick=options.quick, clock=clock)
     if options.json:
         print(json.dumps(result, indent=2))
         return
