@@ -48,7 +48,7 @@ REFUSED = {
     "moe-gq-qwen3-dynamic-left": ("QP-SKIP-SHARDS", "two of eight experts stay whole"),
     "moe-ar-gpt-oss-autoround-w4g64": ("QP-ST-SHAPE", "inputs were taken for outputs"),
     "moe-ct-glm4-fp8-block-free": ("QP-ST-DTYPE", "its embeddings are quantized"),
-    "moe-hf-deepseek-v3-fp8-block128": ("QP-SKIP-AMBIGUOUS", "dense weights have scales of uninitialized memory"),
+    "moe-hf-deepseek-v3-fp8-block128": ("QP-ST-MISSING", SPLIT),
     "moe-hf-deepseek-v3-fp8-block32": ("QP-ST-MISSING", SPLIT),
     "moe-hf-gemma4-fp8-block64": ("QP-ST-MISSING", "scales are called `scale`, and the router's was never written to"),
     "moe-hf-glm4-fp8-block128": ("QP-ST-MISSING", SPLIT),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantplug.errors import ConfigError
+from quantplug.errors import CheckpointError, ConfigError, list_names
 from quantplug.evidence import BIAS_SUFFIX
 from quantplug.expertnames import ExpertIndex, stacked_files
 from quantplug.expertrules import ExpertLayer
@@ -61,10 +61,14 @@ class ExpertContainers:
 
         Raises:
             ConfigError: `QP-CFG-FIELD` when config.json does not say what must be known.
+            CheckpointError: `QP-ST-MISSING` where each expert has a weight, and all of them together the scales.
         """
         files = self._index.files_of(path)
-        if files is None and path in self._index.stacked:
-            files = stacked_files(self._stored.tensors(path), self._rules)
+        if path in self._index.stacked:
+            if files is not None:
+                self._refuse_split(path)
+            else:
+                files = stacked_files(self._stored.tensors(path), self._rules)
         if files is None:
             return None
         if files not in self._layers:
@@ -92,6 +96,20 @@ class ExpertContainers:
                 for name, (_, ending) in layer.files.stacked_names.items()
             )
         return any(BIAS_SUFFIX in self._stored.tensors(shard) for shard in self.shards(path, layer))
+
+    def _refuse_split(self, path: str) -> None:
+        """Raise where weights are stored one by one and what belongs to them in one tensor."""
+        named = {name: end for files in self._rules.files if files.stacked for name, end in files.stacked_names.items()}
+        parts = [name for name in self._stored.tensors(path) if name in named and named[name][1].suffix != BIAS_SUFFIX]
+        if parts:
+            raise CheckpointError(
+                "QP-ST-MISSING",
+                path,
+                f"holds {list_names(parts)} of all experts together, while each expert has a weight of its own",
+                expected="both one by one, or both together",
+                fix="save_pretrained of Transformers 5 splits weights but not their scales, and cannot read that back; "
+                "with save_original_format=False it writes both together.",
+            )
 
     def _number(self, keys: tuple[str, ...], what: str) -> int:
         for part in self._parts():

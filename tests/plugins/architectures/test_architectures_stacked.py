@@ -162,6 +162,24 @@ def test_a_stacked_tensor_that_is_missing_is_named(drop, code, models, tmp_path)
     assert caught.value.code == code
 
 
+def test_scales_apart_from_the_weights_that_they_belong_to_are_refused(models, tmp_path):
+    """As save_pretrained of Transformers 5.23 writes FP8 experts by default, and reads them back without scales."""
+    tiny, _ = models("qwen3_moe")
+    scheme = scheme_of(tiny, tmp_path, FP8)
+    write_stacked(tiny, tmp_path, scheme, {"weight": "", "weight_scale_inv": "_scale_inv"})
+    state = load_file(tmp_path / "model.safetensors")
+    for container in tiny.experts:
+        both, down = (state.pop(f"{container}.{name}") for name in ("gate_up_proj", "down_proj"))
+        for expert in range(EXPERTS):
+            parts = {"gate_proj": both[expert, :INNER], "up_proj": both[expert, INNER:], "down_proj": down[expert]}
+            state |= {f"{container}.{expert}.{name}.weight": part.clone() for name, part in parts.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="down_proj_scale_inv, gate_up_proj_scale_inv of all experts") as caught:
+        plan(tmp_path, platform="cpu")
+    assert caught.value.code == "QP-ST-MISSING"
+    assert "save_original_format=False" in caught.value.fix
+
+
 def test_a_name_that_no_rule_of_the_family_declares_is_refused(models, tmp_path):
     """Nothing is inferred from its shape."""
     tiny, _ = models("qwen3_moe")
