@@ -6,21 +6,25 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from toy_checkpoints import toy_checkpoint, toy_registry
 
 from quantplug.errors import PlanError
+from quantplug.hooks import hookimpl
 from quantplug.inventory import ModuleInfo
-from quantplug.kernel import Rejected
+from quantplug.kernel import Accepted, Rejected
 from quantplug.plan import Choice, Plan
 from quantplug.planner import plan
 from quantplug.platform import Platform
+from quantplug.plugins import build_registry
 from quantplug.policy import Policy
 from quantplug.select import select
 from quantplug.spec import ElementType, LinearProblem, PerChannel, SegmentSpec, WeightSpec
 from quantplug.timings import Measurement, Timings, problem_key, time_at, versions_of
 from quantplug.timingstore import add_timings, read_timings, store_path
+from quantplug_testkit import toys
 
 HERE = Platform("cpu", "x86_64", versions=(("torch", "2.13.0"),), device="Some CPU, 2 threads")
 MODULE = ModuleInfo("model.layers.0.mlp.up_proj", "linear")
@@ -71,6 +75,33 @@ def test_a_fallback_stays_last_however_fast_it_was():
     assert decision.kernel == "toy.fast"
     assert decision.candidates[-1].kernel == "reference"
     assert decision.candidates[-1].measured == ((1, 0.1),)
+
+
+def test_a_layout_of_far_more_bytes_is_not_chosen_for_its_time_alone():
+    class Copy(toys.ToyKernel):
+        name = "a.copy"
+        layout_id = "copy"
+        extra = 0
+
+        def supports(self, problem, platform):
+            verdict = super().supports(problem, platform)
+            return replace(verdict, extra_bytes=self.extra) if isinstance(verdict, Accepted) else verdict
+
+    @hookimpl
+    def quantplug_kernels():
+        return [Copy()]
+
+    vendor = SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)
+    registry = build_registry({"toys": toys, "vendor": vendor})
+    versions = versions_of("vendor", HERE, registry)
+    timings = Timings([FAST, measurement("a.copy", (1, 2.0), versions=versions)])
+    kernels = {}
+    for extra in (0, PROBLEM.stored_bytes // 2, PROBLEM.stored_bytes // 2 + 1):
+        Copy.extra = extra
+        decision = select(PROBLEM, MODULE, HERE, registry, Policy(), {}, timings)
+        kernels[extra] = (decision.kernel, decision.candidates[1].kernel)
+    chosen, passed_over = ("a.copy", "toy.fast"), ("toy.fast", "a.copy")
+    assert list(kernels.values()) == [chosen, chosen, passed_over]
 
 
 def test_a_policy_still_wins():

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted
 from quantplug.select import kernels_for, select
-from quantplug.spec import LinearProblem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from quantplug.platform import Platform
     from quantplug.policy import Policy
     from quantplug.registry import Registry
+    from quantplug.spec import LinearProblem
     from quantplug.timings import Timings
 
 
@@ -68,9 +68,7 @@ class Decider:
         chosen = self.decisions[decision]
         verdict = next(c.verdict for c in chosen.candidates if c.kernel == chosen.kernel)
         extra = verdict.extra_bytes if isinstance(verdict, Accepted) else 0
-        if isinstance(problem, LinearProblem):
-            return problem.stored_bytes + extra
-        return problem.experts * (problem.first.stored_bytes + problem.second.stored_bytes) + extra
+        return problem.stored_bytes + extra
 
     def _warn_fallback(self, problem: LinearProblem | MoEProblem, module: ModuleInfo, decision: Decision) -> None:
         if kernels_for(problem, self._registry)[decision.kernel].item.traits.fallback:

@@ -183,9 +183,10 @@ def _workers() -> str:
     """Return how many threads torch was told to use, or else how many processors it can use, without importing it."""
     wish = os.environ.get("OMP_NUM_THREADS", "")
     if wish.isdecimal() and int(wish) > 0:
-        return f"{int(wish)} threads"
+        return f"{int(wish)} thread{'s' if int(wish) > 1 else ''}"
     affinity = getattr(os, "sched_getaffinity", None)
-    return f"{len(affinity(0)) if affinity is not None else os.cpu_count() or 1} processors"
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return f"{count} processor{'s' if count > 1 else ''}"
 
 
 def _torch_version() -> tuple[tuple[str, str], ...]:

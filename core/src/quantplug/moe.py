@@ -94,6 +94,11 @@ class MoEProblem:
         return LinearProblem(self.intermediate, (segment,), self.dtype, self.bias, self.activation)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all experts at their stored width, see `LinearProblem.stored_bytes`."""
+        return self.experts * (self.first.stored_bytes + self.second.stored_bytes)
+
+    @property
     def uniform(self) -> bool:
         """Whether all projections share one numeric contract."""
         return len({*self.w13, self.w2}) == 1

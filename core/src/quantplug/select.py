@@ -16,6 +16,7 @@ from quantplug.timings import time_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
 
     from quantplug.inventory import ModuleInfo
     from quantplug.moe import MoEProblem
@@ -30,6 +31,12 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 _NOISE = 0.03
 """What medians of one kernel differ by from one run to the next; a gain below it is no reason for another kernel."""
+
+_MOST_TIMES_THE_BYTES = 1.5
+"""
+Times the bytes of the smallest measured layout that another may hold and be chosen for its time: room for padding and
+wider codes, and too little for a dense copy of 8-bit weights or fewer, which undoes what they were quantized for.
+"""
 
 
 def select(
@@ -47,7 +54,8 @@ def select(
     The candidates are ordered by (policy, measured time of one row, estimated cost of one row, name), last resorts
     behind all others. The first gives the layout; for more rows, faster kernels that share that layout take over. Where
     some candidates were measured, the others stand behind them: a measured time is kept rather than given up for a
-    claim.
+    claim. Of those that were, the ones that hold far more bytes than another stand behind, too: time is not all, and
+    an estimate may count memory, but a measurement does not.
 
     Args:
         problem: what is to run.
@@ -68,8 +76,11 @@ def select(
             _ask(provided, problem, module, platform, policy, probes, measured.get(name))
             for name, provided in kernels.items()
         ),
-        key=lambda candidate: _rank(candidate, kernels),
+        key=lambda candidate: candidate.kernel,
     )
+    least = min((_held(problem, c) for c in candidates if c.measured), default=0)
+    heavy = {c.kernel for c in candidates if c.measured and _held(problem, c) > _MOST_TIMES_THE_BYTES * least}
+    candidates.sort(key=lambda candidate: _rank(candidate, kernels, heavy))
     accepted = [candidate for candidate in candidates if isinstance(candidate.verdict, Accepted)]
     pin = policy.pin(module)
     if pin is not None and not any(pin.names(candidate.kernel) for candidate in accepted):
@@ -143,13 +154,21 @@ def _ask(
     return Candidate(name, provided.plugin, verdict, said, measurement.us if measurement and accepted else ())
 
 
-def _rank(candidate: Candidate, kernels: Mapping[str, Provided[Kernel]]) -> tuple[bool, bool, bool, float, float, str]:
+def _held(problem: LinearProblem | MoEProblem, candidate: Candidate) -> int:
+    """Return the bytes that an accepted candidate holds."""
+    return problem.stored_bytes + (candidate.verdict.extra_bytes if isinstance(candidate.verdict, Accepted) else 0)
+
+
+def _rank(
+    candidate: Candidate, kernels: Mapping[str, Provided[Kernel]], heavy: AbstractSet[str]
+) -> tuple[bool, bool, bool, bool, float, float, str]:
     verdict = candidate.verdict
     refused = isinstance(verdict, Rejected)
     return (
         refused,
         not candidate.policy.startswith(("pin", "prefer")),
         kernels[candidate.kernel].item.traits.fallback,
+        candidate.kernel in heavy or not candidate.measured,
         time_at(candidate.measured, 1) if candidate.measured else math.inf,
         0.0 if isinstance(verdict, Rejected) else verdict.cost.at(1),
         candidate.kernel,

@@ -7,7 +7,7 @@ import pytest
 from quantplug.kernel import Accepted, Cast, Cost, Rejected
 from quantplug.plan import Candidate, Choice, Decision
 from quantplug_cli.grouping import braces, fold, ranges
-from quantplug_cli.text import choices, size, verdict
+from quantplug_cli.text import choices, size, told, verdict
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,21 @@ def test_verdicts_say_cost_casts_and_notes_or_the_reason_and_the_fix() -> None:
         "accepts, about 12 us at M = 1 and 1,034 us at M = 512; rounds scales to bfloat16; x is permuted"
     )
     assert verdict(Rejected("shape", "in_features 40", "pad K")) == "refused (shape): in_features 40; pad K"
+
+
+def test_the_refusal_of_what_the_core_derived_from_a_kernel_is_not_told() -> None:
+    yes, no = Accepted(Cost(1, 1)), Rejected("platform", "runs on cuda")
+    answers = {
+        "a": yes,
+        "a.dense": no,
+        "b": no,
+        "b.dense": yes,
+        "cpu.dense": no,
+        "cpu.dense.dense": no,
+        "reference": no,
+    }
+    decision = Decision((Choice("a"),), "l", tuple(Candidate(name, "p", said) for name, said in answers.items()))
+    assert [c.kernel for c in told(decision)] == ["a", "b", "b.dense", "cpu.dense", "reference"]
 
 
 def test_several_kernels_are_shown_with_their_rows() -> None:

@@ -24,7 +24,7 @@ import sys
 import typer
 
 from quantplug import errors
-from quantplug_cli.commands import convert, lint, plan, plugins, run, why
+from quantplug_cli.commands import bench, convert, lint, plan, plugins, run, tune, why
 
 _EXIT_CODES: dict[type[errors.QuantplugError], int] = {
     errors.ConfigError: 3,
@@ -47,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (plugins.plugins, plan.plan, why.why, lint.lint, convert.convert, run.run):
+for command in (plugins.plugins, plan.plan, why.why, lint.lint, convert.convert, run.run, tune.tune, bench.bench):
     app.command()(command)
 
 

@@ -54,6 +54,9 @@ Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Leave layers whole: path, glob or re:EXPRESSION (repeatable)."),
 ]
+Rows = Annotated[
+    str | None, typer.Option(metavar="M,M,…", help="Numbers of rows, such as 1,16,256. Default: a few, by the machine.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -69,6 +72,16 @@ def read_settings(settings: Iterable[str] | None) -> dict[str, Json]:
         except ValueError:
             result[key] = text
     return result
+
+
+def read_rows(text: str | None) -> tuple[int, ...]:
+    """Turn `1,16,256` into numbers; () when the option is not given."""
+    if text is None:
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a list of numbers of rows such as 1,16,256", param_hint="--rows")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def read_wish(quantize: str | None, skip: list[str] | None) -> OnLoad | None:

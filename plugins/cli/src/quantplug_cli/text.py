@@ -10,7 +10,7 @@ from quantplug.kernel import Accepted, Rejected
 
 if TYPE_CHECKING:
     from quantplug.kernel import Verdict
-    from quantplug.plan import Choice, Decision
+    from quantplug.plan import Candidate, Choice, Decision
 
 _STEP = 1000
 
@@ -22,6 +22,34 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
         count /= _STEP
     return f"{count:.1f} TB"
+
+
+def microseconds(us: float) -> str:
+    """Return microseconds with as many digits as a measurement is worth: 3.41, 21.9, 2,048."""
+    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
+
+
+def told(decision: Decision) -> list[Candidate]:
+    """Return the candidates worth a line: the refusal of one that the core derived from another's kernel is not."""
+    from quantplug.dense import SUFFIX
+
+    names = {candidate.kernel for candidate in decision.candidates}
+    return [
+        candidate
+        for candidate in decision.candidates
+        if isinstance(candidate.verdict, Accepted)
+        or not candidate.kernel.endswith(SUFFIX)
+        or candidate.kernel.removesuffix(SUFFIX) not in names
+    ]
+
+
+def measured(us: tuple[tuple[int, float], ...]) -> str:
+    """Return `; measured: 21.9 us at M = 1, 148 at M = 16`, or "" when nothing was."""
+    if not us:
+        return ""
+    (first, time), *others = us
+    parts = [f"{microseconds(time)} us at M = {first}", *(f"{microseconds(time)} at M = {m}" for m, time in others)]
+    return f"; measured: {', '.join(parts)}"
 
 
 def choices(decision: Decision) -> str:

@@ -134,25 +134,30 @@ def _what(layer: LayerPlan, made: Plan) -> str:
 def _refusals(made: Plan) -> list[str]:
     """Return what some decision refused or passed over, with the reasons and how often; one line for the same words."""
     from quantplug.kernel import Accepted, Rejected
+    from quantplug.timings import time_at
+    from quantplug_cli.text import told
 
     layers = Counter(layer.decision for layer in made.layers if layer.decision is not None)
     reasons: dict[str, Counter[str]] = {}
-    slower: dict[str, list[tuple[float, int]]] = {}
+    slower: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for index, decision in enumerate(made.decisions):
         chosen = {choice.kernel for choice in decision.choices}
         best = next(c.verdict for c in decision.candidates if c.kernel == decision.kernel)
-        for candidate in decision.candidates:
+        for candidate in told(decision):
             if candidate.kernel in chosen:
                 continue
             if isinstance(candidate.verdict, Rejected):
                 reasons.setdefault(candidate.kernel, Counter())[candidate.verdict.reason] += layers[index]
             elif isinstance(best, Accepted):
-                times = candidate.verdict.cost.at(1) / best.cost.at(1)
-                slower.setdefault(candidate.kernel, []).append((times, layers[index]))
+                times, basis = candidate.verdict.cost.at(1) / best.cost.at(1), "estimated"
+                if decision.basis == "measured" and candidate.measured:
+                    own = next(c.measured for c in decision.candidates if c.kernel == decision.kernel)
+                    times, basis = time_at(candidate.measured, 1) / time_at(own, 1), "measured"
+                slower.setdefault((candidate.kernel, basis), []).append((times, layers[index]))
     lines = [
-        f"not {kernel}: fits, estimated {_span([times for times, _ in found])} x the time at M = 1 "
+        f"not {kernel}: fits, {basis} {_span([times for times, _ in found])} x the time at M = 1 "
         f"({sum(count for _, count in found)} layers)"
-        for kernel, found in slower.items()
+        for (kernel, basis), found in slower.items()
     ]
     alike: dict[str, list[str]] = {}
     for kernel, counter in reasons.items():

@@ -67,12 +67,14 @@ def describe(registry: Registry) -> dict[str, Json]:
 
 
 def _provided(registry: Registry) -> dict[str, dict[str, list[str]]]:
+    from quantplug.dense import DenseProduct
+
     result: dict[str, dict[str, list[str]]] = {}
     mappings: dict[str, Mapping[str, Provided[object]]] = {
         "schemes": registry.schemes,
         "recipes": registry.recipes,
         "dialects": registry.dialects,
-        "kernels": registry.kernels,
+        "kernels": {name: p for name, p in registry.kernels.items() if not isinstance(p.item, DenseProduct)},
         "platforms": registry.platforms,
         "hosts": registry.hosts,
         "peers": registry.peers,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,8 @@ from quantplug_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from quantplug.plan import LayerPlan, Plan
+    from quantplug.kernel import Verdict
+    from quantplug.plan import Candidate, LayerPlan, Plan
 
 Layer = Annotated[str, typer.Argument(metavar="LAYER", help="Module path, such as model.layers.3.mlp.down_proj.")]
 
@@ -67,7 +69,7 @@ def why(
 
 def _show(made: Plan, layer: LayerPlan) -> None:
     from quantplug.select import describe_problem
-    from quantplug_cli.text import rows, size, verdict
+    from quantplug_cli.text import measured, rows, size, told, verdict
 
     typer.secho(f"{layer.path} on {made.platform}", bold=True)
     _line("rule", layer.rule)
@@ -87,11 +89,17 @@ def _show(made: Plan, layer: LayerPlan) -> None:
         _line("problem", describe_problem(layer.problem))
         for choice in decision.choices:
             _line("kernel", f"{choice.kernel} for {rows(choice)} ({decision.basis}, layout {decision.layout_id})")
-        for candidate in decision.candidates:
-            said = f" [{candidate.policy}]" if candidate.policy else ""
-            _line("asked", f"{candidate.kernel} ({candidate.plugin}){said}: {verdict(candidate.verdict)}")
+        for (plugin, policy, answer, us), alike in groupby(told(decision), key=_answer):
+            names = ", ".join(candidate.kernel for candidate in alike)
+            said = f" [{policy}]" if policy else ""
+            _line("asked", f"{names} ({plugin}){said}: {verdict(answer)}{measured(us)}")
     for field in made.fields:
         _line("from", f"{field.name} = {field.value!r}  ({field.origin})")
+
+
+def _answer(candidate: Candidate) -> tuple[str, str, Verdict, tuple[tuple[int, float], ...]]:
+    """Return what candidates that are told in one line have in common."""
+    return candidate.plugin, candidate.policy, candidate.verdict, candidate.measured
 
 
 def _parts(layer: LayerPlan) -> int:
