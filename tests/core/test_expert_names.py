@@ -238,6 +238,8 @@ def test_a_stacked_spelling_must_explain_every_tensor(names, files):
         (Ending("", "weight", flattened=True), (4, 6, 8, 16), (6, 128)),
         (Ending("", "bias", transposed=True), (4, 6), (6,)),
         (Ending("", "scale", flattened=True), (4,), ()),
+        (Ending("", "scale", common=True), (), ()),
+        (Ending("", "scale", common=True), (1,), (1,)),
     ],
 )
 def test_a_header_of_a_stacked_tensor_is_read_as_one_experts(ending, stored, one):

@@ -119,7 +119,7 @@ class StoredModules:
                 header = stored.pop(suffix, None)
                 if header is None:
                     continue
-                if not header.shape or header.shape[0] != module.experts.count:
+                if not ending.common and header.shape[:1] != (module.experts.count,):
                     raise CheckpointError(
                         "QP-ST-SHAPE",
                         f"{header.file}: {header.name}",

@@ -118,6 +118,8 @@ class _Stream:
         return tensor
 
     def _part(self, name: str, suffix: str, expert: int) -> torch.Tensor:
+        if self._endings[suffix].common:
+            return self._tensor(name)
         self._ledger.claim(name, self._path)
         part = self._reader.read_part(name, expert)
         # Experts follow each other in the file, so that the parts' bytes are the whole's.

@@ -115,6 +115,8 @@ def stacked_files(suffixes: Iterable[str], rules: ExpertRules) -> ExpertFiles | 
 
 def one_expert(header: TensorHeader, ending: Ending) -> TensorHeader:
     """Return the header of a stacked tensor with the shape that one expert's share has in its format."""
+    if ending.common:
+        return header
     shape = header.shape[1:]
     if ending.transposed and len(shape) > 1:
         shape = (*shape[:-2], shape[-1], shape[-2])

@@ -27,12 +27,14 @@ class Ending:
         suffix: name of the tensor in the format that stores it ("weight", "weight_scale").
         transposed: whether the tensor of one expert is stored `[in, out]`.
         flattened: whether its last two axes are one in the format.
+        common: whether it is one value for all experts, as a format has it for each, instead of one for each expert.
     """
 
     text: str
     suffix: str
     transposed: bool = False
     flattened: bool = False
+    common: bool = False
 
 
 _PLAIN_ENDINGS = (Ending("", "weight"), Ending("_bias", BIAS))

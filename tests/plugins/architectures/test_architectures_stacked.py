@@ -4,6 +4,8 @@ Experts stored all in one tensor: in FP8, in MXFP4, dense; turned, alternating, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -102,6 +104,38 @@ def test_gpt_oss_as_it_is_released(models, tmp_path):
             gate_bias, up_bias, down_bias = tiny.experts[container][number].biases
             assert torch.equal(held["prepared_b13"][number], torch.cat([gate_bias, up_bias]).float())
             assert torch.equal(held["prepared_b2"][number], down_bias.float())
+
+
+def test_gpt_oss_as_modelopt_writes_it(models, tmp_path):
+    """NVFP4 with inputs first, and one number for all experts where the format has one for each."""
+    tiny, _ = models("gpt_oss")
+    scheme = scheme_of(tiny, tmp_path, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    factor, state, written = torch.tensor(0.25), dict(tiny.others), {}
+    for container, experts in tiny.experts.items():
+        for name in ("gate_up_proj", "down_proj"):
+            joint = name == "gate_up_proj"
+            dense = [torch.stack([e.gate, e.up], 1).flatten(0, 1) if joint else e.down for e in experts]
+            weights = [replace(anything(scheme, each), global_scale=factor) for each in dense]
+            stored = [encoded(scheme, weight) for weight in weights]
+            state[f"{container}.{name}"] = torch.stack([s["weight"].T for s in stored])
+            state[f"{container}.{name}_weight_scale"] = torch.stack([s["weight_scale"].T for s in stored])
+            state[f"{container}.{name}_weight_scale_2"] = factor.clone()
+            state[f"{container}.{name}_input_scale"] = stored[0]["input_scale"].clone()
+            biases = [torch.stack(e.biases[:2], 1).flatten() if joint else e.biases[2] for e in experts]
+            state[f"{container}.{name}_bias"] = torch.stack(biases)
+            written[container, name] = [weight.dequantize() for weight in weights]
+    save_file(state, tmp_path / "model.safetensors")
+    made = plan(tmp_path, dtype="float32", policy=REFERENCE)
+    assert not made.left
+    loaded = load_layers(made, tmp_path)
+    for container in tiny.experts:
+        module = loaded.experts[container]
+        assert {source.name for source in module.sources} == {n for n in state if n.startswith(f"{container}.")}
+        for number in range(EXPERTS):
+            both, down = (written[container, name][number] for name in ("gate_up_proj", "down_proj"))
+            w13, w2 = module.dequantize(number)
+            assert torch.equal(w13, torch.cat([both[0::2], both[1::2]]))
+            assert torch.equal(w2, down)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
