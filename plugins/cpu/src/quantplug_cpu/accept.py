@@ -4,7 +4,7 @@ What the packed layout costs: bytes, microseconds, and the words for them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
@@ -32,9 +32,9 @@ class Rates:
     weight_us: float
     product_us: float
 
-    def cost(self, weights: int) -> Cost:
-        """Return the cost of a layer with that many weights."""
-        return Cost(self.call_us + weights * self.weight_us, weights * self.product_us)
+    def cost(self, weights: int, calls: int = 1) -> Cost:
+        """Return the cost of a layer with that many weights, multiplied in so many calls."""
+        return Cost(self.call_us * calls + weights * self.weight_us, weights * self.product_us)
 
 
 # Per nibble plane, on two cores with AVX-512 and BF16, weights in memory.
@@ -65,8 +65,8 @@ def packed_verdict(problem: LinearProblem, planes: int, least_group: int = 16) -
     fast = problem.dtype == FAST_DTYPE
     parts = len(problem.segments) if weight.act_order else 1
     weights = planes * slots.count * problem.out_features
-    cost = (_OPERATOR if fast else TILES).cost(weights)
-    many = Cost(_MANY.call_us * parts + weights * _MANY.weight_us, weights // planes * _MANY.product_us)
+    tiles = _MANY if fast else TILES
+    many = Cost(tiles.call_us * parts + weights * tiles.weight_us, weights // planes * tiles.product_us)
     notes = [f"empty slots: {k} inputs are laid out as {slots.count}"] if slots.count != k else []
     if weight.act_order:
         notes.append("x is permuted once per call")
@@ -76,7 +76,7 @@ def packed_verdict(problem: LinearProblem, planes: int, least_group: int = 16) -
     if not fast:
         notes.append(f"dequantizes tiles to float32 at every call; {FAST_DTYPE} has an operator of its own")
     return Accepted(
-        Cost(cost.fixed_us + (parts - 1) * _OPERATOR.call_us, cost.row_us, many if fast else None),
+        replace(_OPERATOR.cost(weights, parts), many=many) if fast else many,
         casts=packed_casts(weight, bias=problem.bias) if fast else (),
         extra_bytes=max(0, _held_bytes(problem, planes, slots) - entitled_bytes(problem)),
         notes=tuple(notes),
