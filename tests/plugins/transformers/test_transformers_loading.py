@@ -339,16 +339,15 @@ def test_bad_checkpoint_is_refused_with_its_code_and_a_good_one_loads_after_it(
     from_pretrained(checkpoint, registry=registry)(ids)
 
 
-def test_quantized_experts_are_refused_by_name(registry, tmp_path) -> None:
+def test_a_projection_of_an_expert_that_is_stored_twice_is_refused_by_name(registry, tmp_path) -> None:
     dense = write_dense(tmp_path / "dense", config_of("mixtral", num_local_experts=2, num_hidden_layers=1))
     source = quantize(dense, tmp_path / "source", keep=lambda path: path.endswith("gate"))
     path = "model.layers.0.block_sparse_moe.experts.0.w1"
     stored = load_file(source / "model.safetensors")["model.layers.0.self_attn.q_proj.qweight"]
     edit_tensors(source, lambda t: t.update({f"{path}.qweight": stored.clone(), f"{path}.weight": t[f"{path}.weight"]}))
-    with pytest.raises(QuantplugError, match="experts in quantized form cannot be read yet") as caught:
+    with pytest.raises(QuantplugError, match="both a dense weight and qweight") as caught:
         from_pretrained(source, registry=registry)
-    assert caught.value.code == "QP-ST-DTYPE"
-    assert f"{path}.qweight" in caught.value.where
+    assert (caught.value.code, caught.value.where) == ("QP-SKIP-AMBIGUOUS", path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantplug.errors import CheckpointError, PlanError, list_names
+from quantplug.moe import MoEProblem
+from quantplug.spec import LinearProblem
+from quantplug_transformers.experts import ExpertSizes, sizes_of, width
 from quantplug_transformers.inventory import is_linear, owned_keys
+from quantplug_transformers.trial import check_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from quantplug.checkpoint import Checkpoint
+    from quantplug.expertrules import ExpertLayer
     from quantplug.plan import LayerPlan, Plan
     from quantplug_transformers.names import StoredNames
 
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 def in_model_paths(plan: Plan, names: StoredNames) -> Plan:
     """Return a plan whose layers are called as in the model, from one made with the stored names."""
     renamed = {stored[0]: path for path, stored in names.modules.items() if len(stored) == 1 and stored[0] != path}
+    renamed |= {container: path for path, container in names.containers.items() if container != path}
     if renamed.keys().isdisjoint(layer.path for layer in plan.layers):
         return plan
     layers = tuple(replace(layer, path=renamed.get(layer.path, layer.path)) for layer in plan.layers)
@@ -45,12 +51,13 @@ def check_fit(model: PreTrainedModel, plan: Plan, checkpoint: Checkpoint, names:
         names: the correspondence of both.
 
     Raises:
-        PlanError: `QP-PLAN-MODEL` when a quantized layer is not a linear layer of that size in the model.
+        PlanError: `QP-PLAN-MODEL` when a quantized layer is not a linear layer of that size in the model, or experts
+            that compute something else.
         CheckpointError: `QP-ST-EXTRA` when the model has no place for a stored tensor, `QP-ST-SHAPE` when one has
             another shape, `QP-ST-MISSING` when a parameter is not stored.
     """
     quantized = {
-        key for layer in plan.layers if layer.quantized for key in owned_keys(layer.path, _linear(model, layer))
+        key for layer in plan.layers if layer.quantized for key in owned_keys(layer.path, _replaced(model, layer))
     }
     _check_dense(model, plan, checkpoint, names)
     missing = list(_missing(model, quantized, set(names.targets.values()) | names.converted))
@@ -64,16 +71,23 @@ def check_fit(model: PreTrainedModel, plan: Plan, checkpoint: Checkpoint, names:
         )
 
 
-def _linear(model: PreTrainedModel, layer: LayerPlan) -> torch.nn.Linear:
-    """Return the linear layer of the model that a quantized layer replaces."""
+def _replaced(model: PreTrainedModel, layer: LayerPlan) -> torch.nn.Module:
+    """Return the module of the model that a quantized layer replaces."""
     try:
         module = model.get_submodule(layer.path)
     except AttributeError:
         raise _unfit(layer, f"{type(model).__name__} has no such module") from None
+    if isinstance(layer.problem, MoEProblem) and layer.experts is not None:
+        _check_experts(model, module, layer, layer.problem, layer.experts)
+    elif isinstance(layer.problem, LinearProblem):
+        _check_linear(model, module, layer, layer.problem)
+    return module
+
+
+def _check_linear(model: PreTrainedModel, module: torch.nn.Module, layer: LayerPlan, problem: LinearProblem) -> None:
     if not isinstance(module, torch.nn.Linear) or not is_linear(module):
         raise _unfit(layer, f"it is a {type(module).__name__} in {type(model).__name__}")
-    problem = layer.problem
-    if problem is not None and (problem.out_features, problem.in_features) != (module.out_features, module.in_features):
+    if (problem.out_features, problem.in_features) != (module.out_features, module.in_features):
         raise _unfit(
             layer,
             f"the file holds {problem.out_features} x {problem.in_features}",
@@ -83,7 +97,18 @@ def _linear(model: PreTrainedModel, layer: LayerPlan) -> torch.nn.Linear:
         raise CheckpointError(
             "QP-ST-MISSING", layer.path, "the model has a bias here and the checkpoint has none", expected="a bias"
         )
-    return module
+
+
+def _check_experts(
+    model: PreTrainedModel, module: torch.nn.Module, layer: LayerPlan, problem: MoEProblem, experts: ExpertLayer
+) -> None:
+    sizes = sizes_of(module, width(model.config))
+    if sizes is None:
+        raise _unfit(layer, f"it is a {type(module).__name__} in {type(model).__name__}", "a module of stacked experts")
+    stored = ExpertSizes(problem.experts, problem.hidden, problem.intermediate, problem.bias)
+    if stored != sizes:
+        raise _unfit(layer, f"the file holds {stored}", f"{sizes}, as {type(module).__name__} has it")
+    check_class(layer.path, module, experts)
 
 
 def _unfit(layer: LayerPlan, what: str, expected: str = "a torch.nn.Linear of the same size") -> PlanError:
@@ -119,8 +144,8 @@ def _check_dense(model: PreTrainedModel, plan: Plan, checkpoint: Checkpoint, nam
             str(checkpoint.directory),
             f"{len(extra)} tensor(s) have no place in {type(model).__name__}: {list_names(extra)}",
             expected="every tensor to be a parameter of the model, or part of a quantized linear layer",
-            fix="Load it with the model class that its config.json names; a quantized module that is no linear layer "
-            "(experts, say) is not served yet.",
+            fix="Load it with the model class that its config.json names; a quantized module that is neither a linear "
+            "layer nor routed experts is not served.",
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from quantplug.load import LoadedLayers, load_layers
 from quantplug.modules import QuantizedLinear
 from quantplug.schemes import SchemeCache
+from quantplug_transformers.experts import RoutedExperts, container_of
 from quantplug_transformers.overrides import override_methods
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from quantplug.plan import Plan
+    from quantplug.plan import LayerPlan, Plan
+    from quantplug.preparedmodule import PreparedModule
     from quantplug_transformers.request import Request
 
 
@@ -29,7 +31,7 @@ class Installation:
     def __init__(self, model: PreTrainedModel, request: Request) -> None:
         self._model = model
         self._request = request
-        self._placeholders: dict[str, QuantizedLinear] = {}
+        self._placeholders: dict[str, PreparedModule] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._ignored = model._keys_to_ignore_on_load_unexpected
 
@@ -39,7 +41,8 @@ class Installation:
         schemes = SchemeCache(request.registry)
         for layer in request.plan.layers:
             if layer.quantized:
-                module = QuantizedLinear(layer, request.plan, request.registry, schemes)
+                module_class = QuantizedLinear if layer.experts is None else RoutedExperts
+                module = module_class(layer, request.plan, request.registry, schemes)
                 self._placeholders[layer.path] = module
                 model.set_submodule(layer.path, module)
         for target in list(model.all_tied_weights_keys):
@@ -114,4 +117,13 @@ def _patterns(plan: Plan) -> list[str]:
     suffixes = {suffix for layer in plan.layers for segment in layer.segments for suffix, _ in segment.tensors}
     suffixes |= {name.rpartition(".")[2] for layer in plan.layers if layer.quantized for name in layer.tensors}
     endings = [rf"\.(?:{'|'.join(map(re.escape, sorted(suffixes)))})$"] if suffixes else []
-    return endings + [rf"^{re.escape(name)}$" for name in names]
+    # Of experts, Transformers may have joined the names already: whatever goes to such a module is meant. Layers differ
+    # in their numbers only, so that one expression serves them all.
+    places = {place for layer in plan.layers if layer.quantized and layer.experts for place in _places(layer)}
+    within = {re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(place)) for place in places}
+    return endings + [rf"^{place}\." for place in sorted(within)] + [rf"^{re.escape(name)}$" for name in names]
+
+
+def _places(layer: LayerPlan) -> tuple[str, str]:
+    """Return the path of a layer of experts in the model, and in the checkpoint."""
+    return layer.path, container_of(layer)

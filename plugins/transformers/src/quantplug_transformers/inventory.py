@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug.expertnames import is_container
 from quantplug.inventory import Inventory, ModuleInfo
+from quantplug.names import GENERIC
 from quantplug.spec import LinearShape
 
 if TYPE_CHECKING:
@@ -20,12 +22,23 @@ if TYPE_CHECKING:
     from quantplug_transformers.names import StoredNames
 
 
-def read_inventory(model: PreTrainedModel, names: StoredNames) -> Inventory:
+def read_inventory(
+    model: PreTrainedModel,
+    names: StoredNames,
+    experts: Mapping[str, ModuleInfo] | None = None,
+    routers: tuple[str, ...] = GENERIC.routers,
+) -> Inventory:
     """
     Return every module that owns parameters or saved buffers, in model order.
 
     What Transformers builds by merging or splitting stored tensors is no linear layer here, as its loader does that to
-    dense tensors only.
+    dense tensors only; experts are read by the core.
+
+    Args:
+        model: with its original modules, on any device.
+        names: the correspondence of its names with those of the checkpoint.
+        experts: its layers of experts, by path.
+        routers: dotted suffixes of the modules that choose experts.
     """
     head = model.get_output_embeddings()
     tied = tied_modules(model)
@@ -33,6 +46,9 @@ def read_inventory(model: PreTrainedModel, names: StoredNames) -> Inventory:
     for path, module in model.named_modules():
         keys = list(owned_keys(path, module))
         if not keys:
+            continue
+        if experts and path in experts:
+            modules.append(experts[path])
             continue
         kind = _kind(module, converted=not names.converted.isdisjoint(keys))
         linear = module if kind == "linear" and isinstance(module, torch.nn.Linear) else None
@@ -48,6 +64,7 @@ def read_inventory(model: PreTrainedModel, names: StoredNames) -> Inventory:
                 shards=shards if len(shards) > 1 else (),
                 tied_to=names.stored(tied[path]) if path in tied else "",
                 head=module is head,
+                router=linear is not None and is_container(names.stored(path), routers),
             )
         )
     return Inventory(tuple(modules), names.ignored)

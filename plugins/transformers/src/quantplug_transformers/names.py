@@ -5,17 +5,24 @@ Which stored tensor belongs to which parameter of a model, by Transformers' own 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from quantplug.draft import layer_number, number_of_layers
+from quantplug.expertnames import ExpertIndex
+from quantplug.names import GENERIC
+from quantplug_transformers.experts import sizes_of, width
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     import torch
     from transformers import PreTrainedModel
+
+    from quantplug.expertrules import ExpertRules
 
 _DENSE = "weight"
 
@@ -30,12 +37,14 @@ class StoredNames:
         modules: module path in the model -> stored module paths it is made from, in order of appearance.
         converted: parameters that Transformers splits, merges or reshapes out of what is stored.
         ignored: stored tensors that the model class leaves out on purpose.
+        containers: path of a module with routed experts -> stored path that they lie under.
     """
 
     targets: Mapping[str, str]
     modules: Mapping[str, tuple[str, ...]]
     converted: frozenset[str]
     ignored: tuple[str, ...]
+    containers: Mapping[str, str] = field(default_factory=dict)
 
     def stored(self, path: str) -> str:
         """Return the stored path of a module, or its own path when nothing (or more than one) is stored for it."""
@@ -51,16 +60,19 @@ class _Matching:
     ignored: list[str] = field(default_factory=list)
 
 
-def match_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
+def match_names(model: PreTrainedModel, stored: Iterable[str], experts: ExpertRules = GENERIC.experts) -> StoredNames:
     """
-    Match the tensor names of a checkpoint with a model that has its original linear layers.
+    Match the tensor names of a checkpoint with a model that has its original modules.
 
-    A quantized layer is matched by where its dense `weight` would go.
+    A quantized layer is matched by where its dense `weight` would go, and experts by where what their container holds
+    would, however the checkpoint spells them within it.
 
     Args:
         model: any device; only names are looked at.
         stored: tensor names of the checkpoint.
+        experts: how the family spells experts.
     """
+    stored = list(stored)
     result = _Matching()
     rename = _Renamer(model)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
@@ -82,7 +94,47 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
         {module: tuple(paths) for module, paths in result.modules.items()},
         frozenset(result.converted),
         tuple(result.ignored),
+        _containers(model, rename, ExpertIndex((name.rpartition(".")[0] for name in stored), experts)),
     )
+
+
+def _containers(model: PreTrainedModel, rename: _Renamer, index: ExpertIndex) -> dict[str, str]:
+    """Return path of a module with stacked experts -> the first stored container that would go there."""
+    found = (*index.containers, *index.stacked)
+    if not found:
+        return {}
+    hidden = width(model.config)
+    holders = {
+        path: next(name for name, _ in module.named_parameters(recurse=False))
+        for path, module in model.named_modules()
+        if sizes_of(module, hidden) is not None
+    }
+    places: dict[str, str] = {}
+    for container in found:
+        for name in dict.fromkeys(holders.values()):
+            path = (rename(f"{container}.{name}")[0] or "").rpartition(".")[0]
+            if path in holders:
+                places.setdefault(path, container)
+    return places
+
+
+def without_next_n(names: StoredNames, stored: Iterable[str], config: Any, layers: tuple[str, ...]) -> StoredNames:
+    """
+    Return the correspondence with the layers of a checkpoint left out on purpose that draft tokens for the others.
+
+    No model class runs them; Transformers itself knows them by the layer numbers of released models only.
+
+    Args:
+        names: the correspondence.
+        stored: tensor names of the checkpoint.
+        config: the model's configuration.
+        layers: stored paths that numbered layers lie in.
+    """
+    first = number_of_layers(config.get_text_config().to_dict())
+    if first is None:
+        return names
+    beyond = [name for name in stored if layer_number(name, layers) >= first and name not in names.targets]
+    return replace(names, ignored=tuple(dict.fromkeys((*names.ignored, *beyond))))
 
 
 class _Renamer:

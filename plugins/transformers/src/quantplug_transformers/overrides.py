@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug.modules import QuantizedLinear
+from quantplug.preparedmodule import PreparedModule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,8 +37,8 @@ def override_methods(model: PreTrainedModel) -> None:
         object.__setattr__(model, name, partial(function, model))
 
 
-def _prepared(model: PreTrainedModel) -> Iterator[QuantizedLinear]:
-    return (module for module in model.modules() if isinstance(module, QuantizedLinear))
+def _prepared(model: PreTrainedModel) -> Iterator[PreparedModule]:
+    return (module for module in model.modules() if isinstance(module, PreparedModule))
 
 
 def _apply(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PreTrainedModel:

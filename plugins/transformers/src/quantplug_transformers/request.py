@@ -12,13 +12,15 @@ import torch
 from quantplug.checkpoint import INDEX_FILE, open_checkpoint
 from quantplug.config import resolve_config
 from quantplug.detect import detect
+from quantplug.inventory import architecture_of
 from quantplug.onload import OnLoad, written_section
 from quantplug.planner import plan as make_plan
 from quantplug.plugins import registry as installed
 from quantplug_transformers.devices import DeviceMap, platform_kind
+from quantplug_transformers.experts import read_experts
 from quantplug_transformers.fit import check_fit, in_model_paths
 from quantplug_transformers.inventory import read_inventory
-from quantplug_transformers.names import match_names
+from quantplug_transformers.names import match_names, without_next_n
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +96,9 @@ def make_request(model: PreTrainedModel, directory: Path, wishes: Wishes, plan: 
     """
     registry = installed() if wishes.registry is None else wishes.registry
     checkpoint = open_checkpoint(directory)
-    names = match_names(model, checkpoint.tensors)
+    rules = architecture_of(model.config.to_dict(), registry)
+    names = match_names(model, checkpoint.tensors, rules.experts)
+    names = without_next_n(names, checkpoint.tensors, model.config, rules.layers)
     if plan is None:
         plan = make_plan(
             directory,
@@ -104,7 +108,7 @@ def make_request(model: PreTrainedModel, directory: Path, wishes: Wishes, plan: 
             policy=wishes.policy,
             override=wishes.override,
             quantize=wishes.quantize,
-            inventory=read_inventory(model, names),
+            inventory=read_inventory(model, names, read_experts(model, names, checkpoint, rules), rules.routers),
             strict=wishes.strict,
             registry=registry,
         )
