@@ -107,8 +107,8 @@ class ExpertContainers:
                 path,
                 f"holds {list_names(parts)} of all experts together, while each expert has a weight of its own",
                 expected="both one by one, or both together",
-                fix="save_pretrained of Transformers 5 splits weights but not their scales, and cannot read that back; "
-                "with save_original_format=False it writes both together.",
+                fix="Its writer split the weights while it saved and not what belongs to them, which it cannot read back; "
+                "save_pretrained(…, save_original_format=False) keeps both together.",
             )
 
     def _number(self, keys: tuple[str, ...], what: str) -> int:
