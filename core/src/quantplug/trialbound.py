@@ -43,67 +43,104 @@ class Exact:
         self, x: torch.Tensor, values: torch.Tensor, weights: Sequence[Weight], bias: torch.Tensor | None
     ) -> None:
         self._x = x
-        self._values = values
-        self._weights = weights
-        self._product = _product(x, values)
-        self._bias = torch.zeros((), dtype=torch.float64, device=x.device) if bias is None else bias.to(torch.float64)
-        self._bounds: dict[tuple[Cast, ...], torch.Tensor] = {}
+        self._operands = values, weights, bias
+        self._found: dict[tuple[Cast, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def compare(self, y: torch.Tensor, casts: tuple[Cast, ...]) -> str:
         """Return what is wrong with y `[R, N]` for x whose rows repeat, "" when nothing is."""
-        exact = self._product + self._bias
-        if tuple(y.shape[1:]) != tuple(exact.shape[1:]) or y.dtype != self._x.dtype:
-            return f"y is {list(y.shape)} in {y.dtype}"
-        if casts not in self._bounds:
-            self._bounds[casts] = self._bound({cast.what: _Unit(cast.dtype) for cast in casts})
-        index = torch.arange(y.shape[0], device=y.device) % exact.shape[0]
-        for begin in range(0, y.shape[0], _PIECE_ROWS):
-            rows = index[begin : begin + _PIECE_ROWS]
-            # A NaN is not within any bound.
-            off = ~((y[begin : begin + len(rows)].to(torch.float64) - exact[rows]).abs() <= self._bounds[casts][rows])
-            if bool(off.any()):
-                row, column = (int(number) for number in off.nonzero()[0])
-                found, wanted = float(y[begin + row, column]), float(exact[rows[row], column])
-                allowed = float(self._bounds[casts][rows[row], column])
-                return (
-                    f"with {y.shape[0]} rows, y[{begin + row}, {column}] is {found:.6g}, "
-                    f"not {wanted:.6g} within {allowed:.2g} ({int(off.sum())} elements are off)"
-                )
-        return ""
-
-    def _bound(self, casts: dict[str, _Unit]) -> torch.Tensor:
-        magnitude, error = self._values.abs(), torch.zeros_like(self._values)
-        offset = self._offsets() if "zeros" in casts else None
-        if "scales" in casts:
-            error += casts["scales"].roundoff * (magnitude if offset is None else magnitude + offset)
-        if offset is not None:
-            error += casts["zeros"].roundoff * offset * (1 + 2.0**-8) + casts["zeros"].half_smallest
-        if "weights" in casts:
-            error += casts["weights"].roundoff * (magnitude + error) + casts["weights"].half_smallest
-        x = self._x.abs()
-        parts = magnitude + error if offset is None else magnitude + error + 2 * offset
-        total = _product(x, parts) + self._bias.abs()
-        count = (x.shape[1] + _MORE_ROUNDINGS) * _FLOAT32
-        bound = _product(x, error) + total * count / (1 - count) + torch.finfo(torch.float32).tiny * x.shape[1]
-        if "accumulator" in casts:
-            least = max(float(weight.scale_values().abs().max()) for weight in self._weights) * _SMALLEST_CODE
-            seen = torch.where(x > 0, x + _SMALLEST_CODE * float(x[x > 0].min()), x)
-            bound += _CUT_OFF * _product(seen, magnitude + least)
-        if "partials" in casts:
-            bound += casts["partials"].roundoff * (self._product.abs() + bound) + casts["partials"].half_smallest
-        stored = _Unit(str(self._x.dtype).removeprefix("torch."))
-        return bound + stored.roundoff * ((self._product + self._bias).abs() + bound) + stored.half_smallest
-
-    def _offsets(self) -> torch.Tensor:
-        """Return the magnitudes `|mid - zero| * |scale|`, float32 `[N, K]`."""
-        found = []
-        for weight in self._weights:
-            middle = torch.full_like(weight.codes, 1 << weight.spec.element.bits - 1 if weight.zeros is not None else 0)
-            found.append(replace(weight, codes=middle).dequantize().abs().to(self._values.device))
-        return torch.cat(found)
+        if casts not in self._found:
+            exact, error = linear_error(self._x, None, *self._operands, units_of(casts))
+            self._found[casts] = exact, stored(exact, error, self._x.dtype)
+        return compare(y, *self._found[casts], self._x.dtype)
 
 
-class _Unit:
+def compare(y: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> str:
+    """Return what is wrong with y `[R, N]`, "" when nothing is; its rows repeat those of `exact` and `bound`."""
+    if tuple(y.shape[1:]) != tuple(exact.shape[1:]) or y.dtype != dtype:
+        return f"y is {list(y.shape)} in {y.dtype}"
+    index = torch.arange(y.shape[0], device=y.device) % exact.shape[0]
+    for begin in range(0, y.shape[0], _PIECE_ROWS):
+        rows = index[begin : begin + _PIECE_ROWS]
+        # A NaN is not within any bound.
+        off = ~((y[begin : begin + len(rows)].to(torch.float64) - exact[rows]).abs() <= bound[rows])
+        if bool(off.any()):
+            row, column = (int(number) for number in off.nonzero()[0])
+            found, wanted = float(y[begin + row, column]), float(exact[rows[row], column])
+            allowed = float(bound[rows[row], column])
+            return (
+                f"with {y.shape[0]} rows, y[{begin + row}, {column}] is {found:.6g}, "
+                f"not {wanted:.6g} within {allowed:.2g} ({int(off.sum())} elements are off)"
+            )
+    return ""
+
+
+def linear_error(
+    x: torch.Tensor,
+    x_error: torch.Tensor | None,
+    values: torch.Tensor,
+    weights: Sequence[Weight],
+    bias: torch.Tensor | None,
+    units: dict[str, Unit],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the exact `x V^T + b`, float64 `[M, N]`, and how far from it a result may be before it is stored.
+
+    Args:
+        x: `[M, K]`, exactly.
+        x_error: `[M, K]`, how far what is multiplied may be from x; None for not at all.
+        values: float32 `[N, K]`.
+        weights: the segments that they are the values of.
+        bias: `[N]` or None.
+        units: of the roundings that are declared.
+    """
+    magnitude, error = values.abs(), torch.zeros_like(values)
+    offset = _offsets(weights, values.device) if "zeros" in units else None
+    if "scales" in units:
+        error += units["scales"].roundoff * (magnitude if offset is None else magnitude + offset)
+    if offset is not None:
+        error += units["zeros"].roundoff * offset * (1 + 2.0**-8) + units["zeros"].half_smallest
+    if "weights" in units:
+        error += units["weights"].roundoff * (magnitude + error) + units["weights"].half_smallest
+    product, size = _product(x, values), x.abs()
+    exact = product if bias is None else product + bias.to(torch.float64)
+    parts = magnitude + error if offset is None else magnitude + error + 2 * offset
+    bound = _product(size, error)
+    if x_error is not None:
+        bound += _product(x_error, parts)
+        size = size + x_error
+    total = _product(size, parts) if bias is None else _product(size, parts) + bias.to(torch.float64).abs()
+    count = (x.shape[1] + _MORE_ROUNDINGS) * _FLOAT32
+    bound += total * count / (1 - count) + torch.finfo(torch.float32).tiny * x.shape[1]
+    if "accumulator" in units:
+        least = max(float(weight.scale_values().abs().max()) for weight in weights) * _SMALLEST_CODE
+        seen = torch.where(size > 0, size + _SMALLEST_CODE * float(size.max()), size)
+        bound += _CUT_OFF * _product(seen, magnitude + least)
+    if "partials" in units:
+        bound += units["partials"].roundoff * (product.abs() + bound) + units["partials"].half_smallest
+    return exact, bound
+
+
+def stored(exact: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return how far a result may be that is off by `error` before it is stored in a dtype."""
+    unit = Unit(str(dtype).removeprefix("torch."))
+    return error + unit.roundoff * (exact.abs() + error) + unit.half_smallest
+
+
+def units_of(casts: Sequence[Cast]) -> dict[str, Unit]:
+    """Return the roundings that a kernel declares, by what is rounded."""
+    return {cast.what: Unit(cast.dtype) for cast in casts}
+
+
+def _offsets(weights: Sequence[Weight], device: torch.device) -> torch.Tensor:
+    """Return the magnitudes `|mid - zero| * |scale|`, float32 `[N, K]`."""
+    found = []
+    for weight in weights:
+        middle = torch.full_like(weight.codes, 1 << weight.spec.element.bits - 1 if weight.zeros is not None else 0)
+        found.append(replace(weight, codes=middle).dequantize().abs().to(device))
+    return torch.cat(found)
+
+
+class Unit:
     """The unit roundoff of a dtype, and half of its smallest subnormal."""
 
     __slots__ = ("half_smallest", "roundoff")
