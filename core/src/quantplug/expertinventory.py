@@ -107,7 +107,7 @@ class ExpertContainers:
                 path,
                 f"holds {list_names(parts)} of all experts together, while each expert has a weight of its own",
                 expected="both one by one, or both together",
-                fix="Its writer split the weights when it saved and not what belongs to them, and cannot read that back; "
+                fix="Its writer split weights when it saved and not what belongs to them, and cannot read that back; "
                 "save_pretrained(…, save_original_format=False) keeps both together.",
             )
 
