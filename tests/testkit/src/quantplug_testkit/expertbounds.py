@@ -104,6 +104,8 @@ def mixture_bound(
         raise ValueError(f"cannot derive a bound from {casts}: gate_up and expert to a float dtype, and {CASTS}")
     for number, expert in enumerate(layer.experts):
         rows, slots = np.nonzero(chosen == number)
+        if not rows.size:
+            continue
         factor = weights[rows, slots][:, None]
         given, off = x[rows], np.zeros((len(rows), x.shape[1]))
         if layer.weight_on_input:

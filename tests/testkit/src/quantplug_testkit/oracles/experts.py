@@ -136,6 +136,8 @@ def mixture(x: Floats, weights: Floats, chosen: Integers, layer: Layer) -> Float
     y = np.zeros((len(x), layer.experts[0].second.codes.shape[0]))
     for number, expert in enumerate(layer.experts):
         rows, slots = np.nonzero(chosen == number)
+        if not rows.size:
+            continue
         factor = weights[rows, slots][:, None]
         before, after = (factor, 1.0) if layer.weight_on_input else (1.0, factor)
         np.add.at(y, rows, after * run(before * x[rows], expert, layer))
