@@ -10,7 +10,7 @@ from quantplug.kernel import Accepted, Rejected
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug_marlin.kernel import MarlinKernel
-from quantplug_marlin.slots import arrange, group_sizes
+from quantplug_marlin.slots import arrange_in_order
 
 KERNEL = MarlinKernel()
 WEIGHT = WeightSpec(ElementType.UINT4, PerGroup(64))
@@ -90,5 +90,5 @@ def test_a_size_that_no_tile_fits_costs_empty_slots_and_says_so():
     ],
 )
 def test_scales_belong_to_parts_of_a_chunk(size, inputs, width, parts, per_group, count):
-    slots = arrange(group_sizes(PerGroup(size), inputs))
+    slots = arrange_in_order(PerGroup(size), inputs)
     assert (slots.width, slots.parts, slots.per_group, slots.count) == (width, parts, per_group, count)

@@ -115,3 +115,13 @@ def _many_rows(form: Form, tiles: int, chunks: int, tokens: int, rows: int, targ
     across, down, _ = cut.grid(tiles, rows)
     splits = max(1, min(8, target.processors // (across * down), chunks // 8))
     return cut._replace(splits=splits)
+
+
+def choose_experts(form: Form, tiles: int, chunks: int, rows: int, blocks: int, target: Target) -> Cut:
+    """Return a cut for blocks of 8, 16, 32 or 64 rows of one expert each, whose weight has so many tiles and chunks."""
+    wide = 4 if rows <= 16 and form.bits == 4 and tiles * blocks >= 16 * target.processors else 2
+    across = 1 if rows <= 16 else 2 if rows <= 32 else 4
+    warps = min(chunks, 8 if rows <= 16 and chunks >= 16 else 4 if rows <= 32 else 2)
+    cuts = (Cut(tiles_, rows, across, warps_, depth) for tiles_, warps_, depth in (
+        (wide, warps, 4), (2, warps, 4), (2, warps, 3), (2, 1, 3), (2, 1, 2)))  # fmt: skip
+    return _first_that_fits(cuts, form, target)

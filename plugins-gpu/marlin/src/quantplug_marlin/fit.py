@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug.spec import ElementType, PerGroup, scale_shape
 from quantplug_marlin.form import HELD_SCALES, SCALE_BYTES, form_of
-from quantplug_marlin.slots import STEP, arrange, group_sizes
+from quantplug_marlin.slots import STEP, arrange_in_order, group_size
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -37,11 +37,11 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     if refusal is not None:
         return refusal
     weight, k, n = problem.segments[0].weight, problem.in_features, problem.out_features
-    sizes = group_sizes(weight.granularity, k)
-    slots = arrange(sizes, apart=weight.global_scale)
+    slots = arrange_in_order(weight.granularity, k, apart=weight.global_scale)
     if slots.count > _MOST_SLOTS * k + 64:
+        size = group_size(weight.granularity, k)
         return Rejected(
-            "granularity", f"groups of {max(sizes)} inputs would be filled up to {slots.width}", f"groups of {STEP}"
+            "granularity", f"groups of {size} inputs would be filled up to {slots.width}", f"groups of {STEP}"
         )
     held = _bytes_of(problem, slots)
     return Accepted(
@@ -72,7 +72,8 @@ def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
     form = form_of(weight, problem.dtype, slots)
     apart = weight.act_order
     parts = [[s.out_features] for s in problem.segments] if apart else [[s.out_features for s in problem.segments]]
-    moved = slots.width and (weight.act_order or slots.width != group_sizes(weight.granularity, k)[0])
+    filled = slots.groups > 1 and slots.width != group_size(weight.granularity, k)
+    moved = slots.width and (weight.act_order or filled)
     total = 0
     for part in parts:
         tiles = -(-sum(part) // _TILE)

@@ -25,7 +25,7 @@ _GATHER = Struct("3P2q3i")
 _SHARES = Struct("4P3i")
 _DENSE = Struct("6P5i")
 
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: torch.cuda.current_stream(device).cuda_stream
 )
 """The current stream as the driver knows it: what torch's own compiled code calls, since a stream object costs 2 us."""
@@ -95,9 +95,9 @@ def _linear(
     y = x.new_empty((rows, outputs))
     if rows == 0:
         return y
-    stream = _stream(device)
-    if columns is not None or not _is_readable(x):
-        x = _gather(x, columns, codes.shape[1] * 64, stream)
+    stream = stream_of(device)
+    if columns is not None or not is_readable(x):
+        x = gather(x, columns, codes.shape[1] * 64, stream)
     # Grids are the same for up to eight rows.
     key = (
         form,
@@ -111,7 +111,7 @@ def _linear(
     )
     chosen = _ways.get(key)
     if chosen is None:
-        stored = decode(form, half=x.dtype == torch.float16, scale=_name(scales))
+        stored = decode(form, half=x.dtype == torch.float16, scale=name_of(scales))
         chosen = _ways[key] = way(stored, None, outputs, codes.shape[0], codes.shape[1], rows, device, stream)
     run(chosen, x, codes, scales, zeros, factor, bias, y)
     return y
@@ -127,7 +127,7 @@ def run(
         bias = bias.contiguous()
     tiles, chunks, _ = codes.shape
     groups = 1 if scales is None else scales.shape[1]
-    weight = (codes.data_ptr(), _at(scales), _at(zeros), _at(factor), _at(bias), y.data_ptr())
+    weight = (codes.data_ptr(), at(scales), at(zeros), at(factor), at(bias), y.data_ptr())
     if chosen.box_rows:
         half = x.dtype == torch.float16
         x_map = matrix_map(x.data_ptr(), rows, x.shape[1], x.stride(0) * 2, chosen.box_rows, half=half)
@@ -137,12 +137,12 @@ def run(
     if chosen.splits > 1:
         shares = torch.empty((chosen.splits, rows, outputs), dtype=torch.float32, device=y.device)
     sizes = (rows, outputs, x.shape[1], tiles, chunks, groups)
-    chosen.multiply(_MULTIPLY.pack(x.data_ptr(), *weight, _at(shares), x.stride(0) * 2, *sizes))
+    chosen.multiply(_MULTIPLY.pack(x.data_ptr(), *weight, at(shares), x.stride(0) * 2, *sizes))
     if chosen.add is not None:
-        chosen.add(_SHARES.pack(_at(shares), _at(factor), _at(bias), y.data_ptr(), chosen.splits, rows, outputs))
+        chosen.add(_SHARES.pack(at(shares), at(factor), at(bias), y.data_ptr(), chosen.splits, rows, outputs))
 
 
-def _is_readable(x: torch.Tensor) -> bool:
+def is_readable(x: torch.Tensor) -> bool:
     """Whether kernels can read x as it is: 16 bytes at a time, row by row."""
     rows, inputs = x.shape
     across, along = x.stride()
@@ -151,13 +151,13 @@ def _is_readable(x: torch.Tensor) -> bool:
     return rows == 1 or (across % 8 == 0 and across >= inputs)
 
 
-def _gather(x: torch.Tensor, columns: torch.Tensor | None, slots: int, stream: int) -> torch.Tensor:
+def gather(x: torch.Tensor, columns: torch.Tensor | None, slots: int, stream: int) -> torch.Tensor:
     """Return x in the order of slots."""
     rows, inputs = x.shape
     gathered = x.new_empty((rows, slots))
     found = function("gather.cu", "gather", {}, 0, x.get_device())
     launch = Launch(found, (-(-slots // _THREADS), min(rows, _MOST_GRID_Y), 1), _THREADS, 0, stream, overlap=False)
-    launch(_GATHER.pack(x.data_ptr(), _at(columns), gathered.data_ptr(), *x.stride(), rows, inputs, slots))
+    launch(_GATHER.pack(x.data_ptr(), at(columns), gathered.data_ptr(), *x.stride(), rows, inputs, slots))
     return gathered
 
 
@@ -170,22 +170,24 @@ def _dequantize(
         with torch.cuda.device(device):
             return _dequantize(codes, scales, zeros, factor, columns, outputs, inputs, form, half, dtype)
     values = codes.new_empty((outputs, inputs), dtype=dtype)
-    stored = decode(form, half=half, scale=_name(scales))
+    stored = decode(form, half=half, scale=name_of(scales))
     tiles, chunks, _ = codes.shape
     found = function("dense.cu", "dequantize", {**stored.definitions(), "OUT": _OUT[dtype]}, 0, device)
-    stream = _stream(device)
+    stream = stream_of(device)
     launch = Launch(found, (-(-chunks // 8), tiles, 1), _THREADS, 0, stream, overlap=False)
     groups = 1 if scales is None else scales.shape[1]
-    weight = (codes.data_ptr(), _at(scales), _at(zeros), _at(factor), _at(columns))
+    weight = (codes.data_ptr(), at(scales), at(zeros), at(factor), at(columns))
     launch(_DENSE.pack(*weight, values.data_ptr(), outputs, inputs, tiles, chunks, groups))
     return values
 
 
-def _at(tensor: torch.Tensor | None) -> int:
+def at(tensor: torch.Tensor | None) -> int:
+    """Return where a tensor lies, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _name(scales: torch.Tensor | None) -> str:
+def name_of(scales: torch.Tensor | None) -> str:
+    """Return the dtype of scales, "" for none."""
     return "" if scales is None else str(scales.dtype).removeprefix("torch.")
 
 
@@ -203,9 +205,10 @@ def _fake_dequantize(
     return codes.new_empty(outputs, inputs, dtype=dtype)
 
 
-def _register(
+def register(
     name: str, schema: str, function: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
+    """Register a CUDA operator `quantplug_marlin::name` with its schema and its fake, and return it."""
     qualified = f"quantplug_marlin::{name}"
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, "CUDA", function)
@@ -216,12 +219,12 @@ def _register(
 
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? factor, Tensor? columns"
 
-linear = _register(
+linear = register(
     "linear", f"(Tensor x, {_WEIGHT}, Tensor? bias, int outputs, int form) -> Tensor", _linear, _fake_linear
 )
 """`y [M, N] = x [M, K] @ W^T + bias` as one operator of torch, see `prepare.py` for the tensors."""
 
-dequantize = _register(
+dequantize = register(
     "dequantize",
     f"({_WEIGHT}, int outputs, int inputs, int form, bool half, ScalarType dtype) -> Tensor",
     _dequantize,

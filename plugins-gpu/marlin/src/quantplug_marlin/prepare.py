@@ -25,7 +25,7 @@ import torch
 from quantplug.spec import PerBlock, PerTensor
 from quantplug.weight import Prepared
 from quantplug_marlin.form import HELD_SCALES, encode, form_of
-from quantplug_marlin.slots import CHUNK, arrange, group_sizes
+from quantplug_marlin.slots import CHUNK, arrange, arrange_in_order, group_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,13 +97,13 @@ def order_of(weight: Weight) -> Order:
     """Return the arrangement of a weight's inputs."""
     apart = weight.spec.global_scale
     if weight.g_idx is None:
-        sizes = group_sizes(weight.spec.granularity, weight.in_features)
-        slots = arrange(sizes, apart=apart)
-        if slots.width in {0, sizes[0]}:
+        slots = arrange_in_order(weight.spec.granularity, weight.in_features, apart=apart)
+        if slots.width in {0, group_size(weight.spec.granularity, weight.in_features)} or slots.groups == 1:
             return Order(slots, None)
     index = weight.group_index()
     groups = weight.scales.shape[1]
-    slots = arrange(torch.bincount(index, minlength=groups).tolist(), apart=apart)
+    largest = int(torch.bincount(index, minlength=groups).max())
+    slots = arrange(largest, groups, weight.in_features, apart=apart)
     if not slots.width:
         return Order(slots, None)
     sorted_inputs = torch.argsort(index, stable=True)

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 from quantplug.spec import PerBlock, PerGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from quantplug.spec import Granularity
 
 CHUNK = 64
@@ -55,22 +53,29 @@ class Slots:
         return self.width * self.parts // CHUNK if self.parts else 1
 
 
-def arrange(sizes: Sequence[int], *, apart: bool = False) -> Slots:
+def arrange(largest: int, groups: int, inputs: int, *, apart: bool = False) -> Slots:
     """
-    Return the arrangement of groups of these sizes (inputs each).
+    Return the arrangement of so many groups, and inputs in all.
 
     Args:
-        sizes: one per group.
+        largest: inputs of the group that has most.
+        groups: their number.
+        inputs: K.
         apart: whether the scale of a single group is to be held as that of a group, not as that of whole sums.
     """
-    if len(sizes) == 1 and not apart:
-        return Slots(0, 1, sizes[0])
-    return Slots(-(-max(sizes) // STEP) * STEP, len(sizes), sum(sizes))
+    if groups == 1 and not apart:
+        return Slots(0, 1, inputs)
+    return Slots(-(-largest // STEP) * STEP, groups, inputs)
 
 
-def group_sizes(granularity: Granularity, in_features: int) -> list[int]:
-    """Return the inputs of each group, as they are without act-order."""
+def group_size(granularity: Granularity, in_features: int) -> int:
+    """Return the inputs of a group, as they are without act-order; the last one may have fewer."""
     if not isinstance(granularity, (PerGroup, PerBlock)):
-        return [in_features]
-    size = granularity.size if isinstance(granularity, PerGroup) else granularity.k
-    return [min(size, in_features - start) for start in range(0, in_features, size)]
+        return in_features
+    return min(in_features, granularity.size if isinstance(granularity, PerGroup) else granularity.k)
+
+
+def arrange_in_order(granularity: Granularity, in_features: int, *, apart: bool = False) -> Slots:
+    """Return the arrangement of inputs without act-order."""
+    size = group_size(granularity, in_features)
+    return arrange(size, -(-in_features // size), in_features, apart=apart)

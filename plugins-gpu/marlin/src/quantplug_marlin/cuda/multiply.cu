@@ -8,6 +8,9 @@
 // Set by the host, beside what codes.cuh names: TILES (of 16 outputs per warp), TOKENS (rows of x per block, a multiple of
 // 8), WARPS_N, WARPS_K, DEPTH (chunks under way), SHARES, BLOCKS (per multiprocessor), SUBS (scales per chunk and output:
 // 0, 1, 2 or 4), PER_GROUP (such parts of a chunk per group), SCALE_BYTES (2 or 4), SCALE_HALF.
+//
+// Experts: with EXPERTS = 1 or 2 it is the first or the second product of a mixture (see experts.cuh); weights of one
+// expert follow those of the one before it, and every TOKENS places of the order that route.cu makes belong to one expert.
 
 #include "codes.cuh"
 #include "memory.cuh"
@@ -27,6 +30,13 @@
 #define SUM_BYTES (WARPS_N * ITEMS * 512)
 #define AHEAD (DEPTH - 1)
 
+#ifndef EXPERTS
+#define EXPERTS 0
+#define GATED 0
+#endif
+// Gate and up: a warp's tiles are those of the same outputs of both, in turns.
+#define PAIRED (EXPERTS == 1 && GATED)
+
 struct Args {
     const u8* x;
     const u8* codes;
@@ -37,7 +47,14 @@ struct Args {
     u16* y;
     float* shares;
     long long x_stride;  // bytes from one row of x to the next
-    int rows, outputs, inputs, tiles, chunks, groups;
+    int rows, outputs, inputs, tiles, chunks, groups;  // outputs, tiles: of one expert
+#if EXPERTS
+    int top_k, y_stride;  // elements from one row of y to the next
+    const int* order;     // which choice each place is for: row * top_k + turn, or -1
+    const int* experts;   // of every TOKENS places, or -1
+    const float* weights; // of choices, where they multiply x, or null
+    float limit, alpha, up_offset;
+#endif
 };
 
 struct Place {
@@ -45,6 +62,7 @@ struct Place {
     int tile;   // the first of this warp
     int row;    // the first of this block
     int share;  // of the chunks
+    int expert;
     u32 x_ring, warp_ring;
 };
 
@@ -56,15 +74,28 @@ __device__ __forceinline__ void meet_group(int warp_k) {
 #endif
 }
 
-__device__ __forceinline__ int tile_within(const Args& args, int tile) {
-    return tile < args.tiles ? tile : args.tiles - 1;  // outputs beyond the last tile are computed and not stored
+// Where a tile of this warp lies among those of all experts; outputs beyond the last tile are computed and not stored.
+__device__ __forceinline__ size_t tile_within(const Args& args, const Place& at, int tile) {
+    const int half = args.tiles / 2;
+    const int found = PAIRED ? min(at.tile + tile / 2, half - 1) + (tile & 1) * half : min(at.tile + tile, args.tiles - 1);
+    return (size_t)at.expert * args.tiles + found;
+}
+
+// Which row of x a row of this block is, -1 for none.
+__device__ __forceinline__ int source_row(const Args& args, const Place& at, int row) {
+#if EXPERTS
+    const int choice = args.order[at.row + row];
+    return choice < 0 ? -1 : EXPERTS == 1 ? choice / args.top_k : at.row + row;
+#else
+    return at.row + row < args.rows ? at.row + row : -1;
+#endif
 }
 
 __device__ __forceinline__ void copy_weights(const Args& args, const Place& at, int stage, int chunk, u64 policy) {
     const u32 to = at.warp_ring + stage * WARP_STAGE;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-        const size_t unit = (size_t)tile_within(args, at.tile + tile) * args.chunks + chunk;
+        const size_t unit = tile_within(args, at, tile) * args.chunks + chunk;
 #pragma unroll
         for (int part = 0; part < UNIT_BYTES; part += 512) {
             const u32 offset = part + at.lane * 16;
@@ -79,8 +110,7 @@ __device__ __forceinline__ void copy_weights(const Args& args, const Place& at, 
         const bool zero = piece >= SCALES;
         const int place = zero ? piece - SCALES : piece / PER_SCALE;  // tile * SUBS + part of the chunk
         const int last = args.groups - 1, wanted = (chunk * SUBS + place % SUBS) / PER_GROUP;
-        const int tile = tile_within(args, at.tile + place / SUBS);
-        const size_t group = (size_t)tile * args.groups + (wanted < last ? wanted : last);
+        const size_t group = tile_within(args, at, place / SUBS) * args.groups + (wanted < last ? wanted : last);
         const u8* from = zero ? args.zeros + group * 16
                               : args.scales + (group * PER_SCALE + piece % PER_SCALE) * 16;
         if (piece < PIECES) copy_stream(to + CODE_STAGE + piece * 16, from, policy);
@@ -88,35 +118,35 @@ __device__ __forceinline__ void copy_weights(const Args& args, const Place& at, 
 #endif
 }
 
+#define PIECES ((TOKENS * 8 + GROUP_THREADS - 1) / GROUP_THREADS) /* of x, 16 bytes each, that a thread copies at a time */
+
 // Rows of 64 inputs, 128 bytes; their 16-byte pieces change places so that eight rows are read without conflicts.
-__device__ __forceinline__ void copy_x(const Args& args, const Place& at, int stage, int chunk) {
+__device__ __forceinline__ void copy_x(const Args& args, const Place& at, int stage, int chunk, const int (&source)[PIECES]) {
     const u32 to = at.x_ring + stage * X_STAGE;
     const int thread = at.warp_n * 32 + at.lane;
 #pragma unroll
-    for (int base = 0; base < TOKENS * 8; base += GROUP_THREADS) {
-        const int piece = base + thread, row = piece >> 3, column = piece & 7;
+    for (int turn = 0; turn < PIECES; ++turn) {
+        const int piece = turn * GROUP_THREADS + thread, row = piece >> 3, column = piece & 7;
         const int input = chunk * 64 + column * 8;
-        const bool inside = at.row + row < args.rows && input < args.inputs;
-        const u8* from = inside ? args.x + (at.row + row) * args.x_stride + input * 2 : args.x;
-        if (TOKENS * 8 % GROUP_THREADS == 0 || piece < TOKENS * 8)
+        const bool inside = source[turn] >= 0 && input < args.inputs;
+        const u8* from = inside ? args.x + source[turn] * args.x_stride + input * 2 : args.x;
+        if (TOKENS * 8 % GROUP_THREADS == 0 || row < TOKENS)
             copy_filled(to + row * 128 + ((column ^ (row & 7)) << 4), from, inside ? 16 : 0);
     }
 }
 
 // The same by way of registers, for the first stages: copies of weights are under way then, and none of them has to be
 // waited for before the products begin.
-__device__ __forceinline__ void fetch_x(const Args& args, const Place& at, int begin, int end) {
-    constexpr int PIECES = (TOKENS * 8 + GROUP_THREADS - 1) / GROUP_THREADS;
+__device__ __forceinline__ void fetch_x(const Args& args, const Place& at, int begin, int end, const int (&source)[PIECES]) {
     const int thread = at.warp_n * 32 + at.lane;
     uint4 values[AHEAD][PIECES];
 #pragma unroll
     for (int stage = 0; stage < AHEAD; ++stage)
 #pragma unroll
         for (int turn = 0; turn < PIECES; ++turn) {
-            const int piece = turn * GROUP_THREADS + thread, row = piece >> 3;
-            const int chunk = begin + stage * WARPS_K, input = chunk * 64 + (piece & 7) * 8;
-            const bool inside = row < TOKENS && at.row + row < args.rows && chunk < end && input < args.inputs;
-            const u8* from = args.x + (at.row + row) * args.x_stride + input * 2;
+            const int chunk = begin + stage * WARPS_K, input = chunk * 64 + (thread & 7) * 8;
+            const bool inside = source[turn] >= 0 && chunk < end && input < args.inputs;
+            const u8* from = args.x + source[turn] * args.x_stride + input * 2;
             values[stage][turn] = inside ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
@@ -181,7 +211,7 @@ __device__ __forceinline__ void read_fixed_zeros(const Args& args, const Place& 
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #if ZEROS && !SUBS
-        const u16 zeros = *(const u16*)(args.zeros + tile_within(args, at.tile + tile) * 16 + (at.lane >> 2) * 2);
+        const u16 zeros = *(const u16*)(args.zeros + tile_within(args, at, tile) * 16 + (at.lane >> 2) * 2);
         fixed[tile][0] = negated_zero(zeros & 255), fixed[tile][1] = negated_zero(zeros >> 8);
 #else
         fixed[tile][0] = fixed[tile][1] = LIFT | SIGN | MIDDLE * 0x00010001u;
@@ -189,27 +219,11 @@ __device__ __forceinline__ void read_fixed_zeros(const Args& args, const Place& 
     }
 }
 
-__device__ __forceinline__ void store(const Args& args, int row, int output, float value) {
-    if (row >= args.rows || output >= args.outputs) return;
-#if SHARES == 1
-    if (args.shares != nullptr) {
-        args.shares[((size_t)blockIdx.z * args.rows + row) * args.outputs + output] = value;
-        return;
-    }
+#if EXPERTS
+#include "experts.cuh"
+#else
+#include "store.cuh"
 #endif
-    if (args.factor != nullptr) value *= args.factor[output];
-    if (args.bias != nullptr) value += to_float(args.bias[output], HALF);
-    args.y[(size_t)row * args.outputs + output] = from_float(value, HALF);
-}
-
-__device__ __forceinline__ void store_item(const Args& args, const Place& at, int item, float4 sum) {
-    const int output = (at.tile + item / ROW_TILES) * 16 + (at.lane >> 2);
-    const int row = at.row + item % ROW_TILES * 8 + (at.lane & 3) * 2;
-    store(args, row, output, sum.x);
-    store(args, row + 1, output, sum.y);
-    store(args, row, output + 8, sum.z);
-    store(args, row + 1, output + 8, sum.w);
-}
 
 __device__ __forceinline__ float4 add(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
@@ -230,12 +244,17 @@ __device__ __forceinline__ void finish(const Args& args, const Place& at, const 
     __syncthreads();
     float4* const whole = parts + (WARPS_K > 1 ? WARPS_K * stride : 0);
 #pragma unroll
-    for (int item = at.warp_k; item < ITEMS; item += WARPS_K) {
-        float4 sum = parts[mine + item * 32];
+    for (int item = at.warp_k; item < ITEMS / TOGETHER; item += WARPS_K) {
+        float4 sum[TOGETHER];
 #pragma unroll
-        for (int k = 1; k < WARPS_K; ++k) sum = add(sum, parts[k * stride + mine + item * 32]);
+        for (int one = 0; one < TOGETHER; ++one) {
+            const int place = mine + item_of(item, one) * 32;
+            sum[one] = parts[place];
+#pragma unroll
+            for (int k = 1; k < WARPS_K; ++k) sum[one] = add(sum[one], parts[k * stride + place]);
+        }
 #if SHARES > 1
-        if (WARPS_K > 1) whole[mine + item * 32] = sum;
+        if (WARPS_K > 1) whole[mine + item * 32] = sum[0];
 #else
         store_item(args, at, item, sum);
 #endif
@@ -244,7 +263,7 @@ __device__ __forceinline__ void finish(const Args& args, const Place& at, const 
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 #pragma unroll 1
     for (int item = at.share + SHARES * at.warp_k; item < ITEMS; item += SHARES * WARPS_K) {
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float4 sum[1] = {make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
 #pragma unroll
         for (int share = 0; share < SHARES; ++share) {
             u32 from;
@@ -253,7 +272,7 @@ __device__ __forceinline__ void finish(const Args& args, const Place& at, const 
             asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                          : "=f"(other.x), "=f"(other.y), "=f"(other.z), "=f"(other.w)
                          : "r"(from));
-            sum = add(sum, other);
+            sum[0] = add(sum[0], other);
         }
         store_item(args, at, item, sum);
     }
@@ -262,9 +281,15 @@ __device__ __forceinline__ void finish(const Args& args, const Place& at, const 
 #endif
 #else
 #pragma unroll
-    for (int item = 0; item < ITEMS; ++item) {
-        const float* four = &sums[item / ROW_TILES][item % ROW_TILES * 4];
-        store_item(args, at, item, make_float4(four[0], four[1], four[2], four[3]));
+    for (int item = 0; item < ITEMS / TOGETHER; ++item) {
+        float4 sum[TOGETHER];
+#pragma unroll
+        for (int one = 0; one < TOGETHER; ++one) {
+            const int place = item_of(item, one);
+            const float* four = &sums[place / ROW_TILES][place % ROW_TILES * 4];
+            sum[one] = make_float4(four[0], four[1], four[2], four[3]);
+        }
+        store_item(args, at, item, sum);
     }
 #endif
 }
@@ -281,8 +306,15 @@ __launch_bounds__(THREADS, BLOCKS) multiply(const __grid_constant__ Args args) {
     at.lane = threadIdx.x & 31;
     at.warp_n = warp % WARPS_N;
     at.warp_k = warp / WARPS_N;
-    at.tile = (blockIdx.x / SHARES * WARPS_N + at.warp_n) * TILES;
+    at.tile = (blockIdx.x / SHARES * WARPS_N + at.warp_n) * (PAIRED ? TILES / 2 : TILES);
     at.row = blockIdx.y * TOKENS;
+#if EXPERTS
+    wait_for_earlier_kernels();
+    at.expert = args.experts[blockIdx.y];
+    if (at.expert < 0) return;
+#else
+    at.expert = 0;
+#endif
     at.share = SHARES > 1 ? blockIdx.x % SHARES : blockIdx.z;
     at.x_ring = shared_address(memory) + at.warp_k * X_RING;
     at.warp_ring = shared_address(memory) + WARPS_K * X_RING + warp * DEPTH * WARP_STAGE;
@@ -298,8 +330,16 @@ __launch_bounds__(THREADS, BLOCKS) multiply(const __grid_constant__ Args args) {
         if (chunk < end) copy_weights(args, at, stage, chunk, policy);
         commit_copies();
     }
+#if !EXPERTS
     wait_for_earlier_kernels();
-    fetch_x(args, at, begin, end);
+#endif
+    int source[PIECES];
+#pragma unroll
+    for (int turn = 0; turn < PIECES; ++turn) {
+        const int row = (turn * GROUP_THREADS + at.warp_n * 32 + at.lane) >> 3;
+        source[turn] = row < TOKENS ? source_row(args, at, row) : -1;
+    }
+    fetch_x(args, at, begin, end, source);
     let_later_kernels_start();
     u32 fixed[TILES][2];
     read_fixed_zeros(args, at, fixed);
@@ -309,6 +349,6 @@ __launch_bounds__(THREADS, BLOCKS) multiply(const __grid_constant__ Args args) {
 #pragma unroll
         for (int i = 0; i < ROW_TILES * 4; ++i) sums[tile][i] = 0.0f;
 
-    run(args, at, begin, end, policy, fixed, sums);
+    run(args, at, begin, end, policy, source, fixed, sums);
     finish(args, at, sums, memory);
 }

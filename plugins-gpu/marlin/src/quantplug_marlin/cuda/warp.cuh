@@ -52,7 +52,8 @@ __device__ __forceinline__ void multiply_chunk(const Place& at, int stage, const
 }
 
 __device__ __forceinline__ void run(const Args& args, const Place& at, int begin, int end, u64 policy,
-                                    const u32 (&fixed)[TILES][2], float (&sums)[TILES][ROW_TILES * 4]) {
+                                    const int (&source)[PIECES], const u32 (&fixed)[TILES][2],
+                                    float (&sums)[TILES][ROW_TILES * 4]) {
     int stage = 0;
 #pragma unroll 1
     for (int chunk = begin; chunk < end; chunk += WARPS_K) {
@@ -61,7 +62,7 @@ __device__ __forceinline__ void run(const Args& args, const Place& at, int begin
         const int next = chunk + AHEAD * WARPS_K, free = stage == 0 ? DEPTH - 1 : stage - 1;
         if (next < end) {
             copy_weights(args, at, free, next, policy);
-            copy_x(args, at, free, next);
+            copy_x(args, at, free, next, source);
         }
         commit_copies();
         multiply_chunk(at, stage, fixed, sums);

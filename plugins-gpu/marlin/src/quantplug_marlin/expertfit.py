@@ -1,0 +1,100 @@
+"""
+Which mixtures of experts the kernel takes, which it refuses, and what they cost: known without a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
+from quantplug.spec import LinearProblem, SegmentSpec
+from quantplug_marlin.fit import verdict
+from quantplug_marlin.slots import STEP, arrange_in_order, group_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quantplug.moe import MoEProblem
+    from quantplug.platform import Platform
+    from quantplug.spec import WeightSpec
+
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+"""The numbers that `cuda/experts.cuh` knows them by."""
+
+MOST_EXPERTS = 2048
+"""What `cuda/route.cu` has memory for."""
+
+_CALL_US = 9.0
+
+
+def projections(problem: MoEProblem) -> Iterator[LinearProblem]:
+    """Yield gate, up and down, or up and down, as linear layers of one segment."""
+    for spec in problem.w13:
+        yield LinearProblem(problem.hidden, (SegmentSpec(problem.intermediate, spec),), problem.dtype, problem.bias)
+    yield LinearProblem(problem.intermediate, (SegmentSpec(problem.hidden, problem.w2),), problem.dtype, problem.bias)
+
+
+def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
+    """Return whether the kernel runs a mixture of experts on a platform, and at what cost."""
+    refusal = _refuse_sizes(problem) or _refuse_function(problem)
+    if refusal is not None:
+        return refusal
+    answers = []
+    for projection in projections(problem):
+        weight = projection.segments[0].weight
+        answer = verdict(projection, platform)
+        if isinstance(answer, Rejected):
+            return answer
+        refusal = _refuse_order(weight, projection.in_features)
+        if refusal is not None:
+            return refusal
+        answers.append(answer)
+    if len(set(problem.w13)) > 1:
+        kinds = " and ".join(spec.describe() for spec in problem.w13)
+        return Rejected("segments", f"gate and up differ: {kinds}", "one contract for both")
+    fixed = sum(answer.cost.fixed_us for answer in answers)
+    row = sum(answer.cost.row_us for answer in answers)
+    return Accepted(
+        Cost(_CALL_US + problem.top_k * fixed, problem.top_k * row),
+        casts=(Cast("expert", problem.dtype),),
+        extra_bytes=problem.experts * sum(answer.extra_bytes for answer in answers),
+        notes=tuple(dict.fromkeys(note for answer in answers for note in answer.notes)),
+    )
+
+
+def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
+    for name in ("experts", "top_k", "hidden", "intermediate"):
+        if getattr(problem, name) < 1:
+            return Rejected("shape", f"{name} is {getattr(problem, name)}", "at least 1")
+    if problem.experts > MOST_EXPERTS:
+        return Rejected("shape", f"{problem.experts} experts", f"at most {MOST_EXPERTS} on one device")
+    if problem.router_weight_on_input and problem.top_k != 1:
+        return Rejected("shape", f"top_k {problem.top_k} with the router's weight on the input", "top_k 1")
+    return None
+
+
+def _refuse_function(problem: MoEProblem) -> Rejected | None:
+    if problem.function.name not in FUNCTIONS:
+        return Rejected("function", f"the function {problem.function.name}", f"one of {', '.join(FUNCTIONS)}")
+    if problem.function.gated != (len(problem.w13) == 2):
+        return Rejected("segments", f"{len(problem.w13)} projections before {problem.function.describe()}")
+    return None
+
+
+def _refuse_order(weight: WeightSpec, inputs: int) -> Rejected | None:
+    """Inputs stay where they are: of the second product they are what the first one writes."""
+    if weight.act_order:
+        return Rejected(
+            "act_order", "act-order: each expert has an order of inputs of its own", "the loop over experts"
+        )
+    size = group_size(weight.granularity, inputs)
+    slots = arrange_in_order(weight.granularity, inputs, apart=weight.global_scale)
+    if slots.groups > 1 and slots.width != size:
+        return Rejected("granularity", f"groups of {size} inputs are filled up to {slots.width}", f"groups of {STEP}")
+    return None
+
+
+def plain(problem: LinearProblem) -> LinearProblem:
+    """Return a linear layer without its bias, as weights are prepared for it."""
+    return replace(problem, bias=False)

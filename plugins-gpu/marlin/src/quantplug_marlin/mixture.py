@@ -1,0 +1,237 @@
+"""
+The operator of torch that runs a mixture of experts, and what it launches.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from quantplug_marlin.choice import choose_experts
+from quantplug_marlin.device import function, target_of
+from quantplug_marlin.driver import Launch
+from quantplug_marlin.expertfit import FUNCTIONS
+from quantplug_marlin.form import Form, decode
+from quantplug_marlin.launch import at, gather, is_readable, name_of, register, stream_of
+
+if TYPE_CHECKING:
+    from quantplug.expertweights import PreparedExperts
+    from quantplug_marlin.cut import Cut
+    from quantplug_marlin.device import Target
+
+_MULTIPLY = Struct("8Pq8i3P3f4x")
+_ROUTE = Struct("5P6i")
+_COMBINE = Struct("4P3i4x")
+_THREADS, _ROUTE_THREADS = 256, 1024
+_MOST_GRID_Y = 65535
+_ROWS_PER_BLOCK = (8, 16, 32, 64)
+
+
+class Side(NamedTuple):
+    """
+    One of the two products.
+
+    Attributes:
+        form: of its weights.
+        number: 1 or 2.
+        tiles: of 16 outputs per expert, of gate and up together.
+        chunks: of 64 inputs.
+        gated: whether it is the first and there is a gate.
+        function: number of f.
+        limited: whether f has a limit.
+    """
+
+    form: Form
+    number: int
+    tiles: int
+    chunks: int
+    gated: bool
+    function: int
+    limited: bool
+
+    def definitions(self, cut: Cut) -> dict[str, int]:
+        """Return what `cuda/multiply.cu` is told."""
+        own = {
+            "EXPERTS": self.number,
+            "GATED": int(self.gated),
+            "FUNCTION": self.function,
+            "LIMITED": int(self.limited),
+        }
+        return {**self.form.definitions(), **cut.definitions(), **own}
+
+    def cut(self, rows: int, blocks: int, target: Target) -> Cut:
+        """Return how it is cut for blocks of so many rows."""
+        return choose_experts(self.form, self.tiles, self.chunks, rows, blocks, target)
+
+    def grid(self, cut: Cut, blocks: int) -> tuple[int, int, int]:
+        """Return the blocks in x, y and z."""
+        return -(-self.tiles // (cut.tiles * cut.warps_n)), blocks, 1
+
+
+def rows_per_block(choices: int, experts: int) -> int:
+    """Return how many rows of one expert are multiplied together: those that an expert has on average, or more."""
+    average = -(-choices // experts)
+    return next((rows for rows in _ROWS_PER_BLOCK if average <= rows), _ROWS_PER_BLOCK[-1])
+
+
+def most_blocks(choices: int, experts: int, rows: int) -> int:
+    """Return how many blocks of so many rows choices can take at most, however they fall."""
+    return min(choices, choices // rows + min(experts, choices))
+
+
+def _sides(prepared: PreparedExperts) -> tuple[Side, Side]:
+    problem, tensors = prepared.problem, prepared.tensors
+    half = problem.dtype == "float16"
+    made = []
+    for number, name in ((1, "w13"), (2, "w2")):
+        form = decode(prepared.meta[f"{name}.form"], half=half, scale=name_of(tensors.get(f"{name}.scales")))
+        _, tiles, chunks, _ = tensors[f"{name}.codes"].shape
+        first = number == 1
+        f = problem.function
+        made.append(
+            Side(
+                form, number, tiles, chunks, first and f.gated, FUNCTIONS.index(f.name) if first else 0,
+                first and f.limit is not None,
+            )
+        )  # fmt: skip
+    return made[0], made[1]
+
+
+def build(prepared: PreparedExperts) -> None:
+    """Have every kernel compiled and loaded that a call may need, so that no call compiles."""
+    device = prepared.tensors["w2.codes"].get_device()
+    target, wanted = target_of(device), {}
+    for side in _sides(prepared):
+        for rows in _ROWS_PER_BLOCK:
+            for blocks in (1, 16, 1 << 20):
+                cut = side.cut(rows, blocks, target)
+                wanted["multiply.cu", tuple(side.definitions(cut).items())] = ("multiply", cut.shared_bytes(side.form))
+        wanted["combine.cu", tuple(side.form.definitions().items())] = ("combine", 0)
+    wanted["route.cu", ()] = ("route", 0)
+    wanted["gather.cu", ()] = ("gather", 0)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(function, file, name, dict(definitions), shared, device)
+            for (file, definitions), (name, shared) in wanted.items()
+        ]
+        for job in jobs:
+            job.result()
+
+
+def apply(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    prepared: PreparedExperts,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return y `[M, H]`."""
+    problem, tensors, meta, f = prepared.problem, prepared.tensors, prepared.meta, prepared.problem.function
+    facts = [
+        problem.experts, problem.intermediate, meta["w13.form"], meta["w2.form"], FUNCTIONS.index(f.name), int(f.gated),
+        int(f.limit is not None), int(problem.router_weight_on_input),
+    ]  # fmt: skip
+    numbers = [f.limit if f.limit is not None else 0.0, f.alpha, f.up_offset]
+    return experts(
+        x, topk_weights, topk_ids, expert_map,
+        tensors["w13.codes"], tensors.get("w13.scales"), tensors.get("w13.zeros"), tensors.get("w13.factor"),
+        tensors.get("b13"),
+        tensors["w2.codes"], tensors.get("w2.scales"), tensors.get("w2.zeros"), tensors.get("w2.factor"),
+        tensors.get("b2"), facts, numbers,
+    )  # fmt: skip
+
+
+def _experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None,
+    codes13: torch.Tensor, scales13: torch.Tensor | None, zeros13: torch.Tensor | None, factor13: torch.Tensor | None,
+    bias13: torch.Tensor | None, codes2: torch.Tensor, scales2: torch.Tensor | None, zeros2: torch.Tensor | None,
+    factor2: torch.Tensor | None, bias2: torch.Tensor | None, facts: list[int], numbers: list[float],
+) -> torch.Tensor:  # fmt: skip
+    device = x.get_device()
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return _experts(
+                x, topk_weights, topk_ids, expert_map, codes13, scales13, zeros13, factor13, bias13, codes2, scales2,
+                zeros2, factor2, bias2, facts, numbers,
+            )  # fmt: skip
+    rows, hidden = x.shape
+    y = x.new_empty((rows, hidden))
+    if rows == 0:
+        return y
+    count, between, form13, form2, kind, gated, limited, on_input = facts
+    half, stream, target, top_k = x.dtype == torch.float16, stream_of(device), target_of(device), topk_ids.shape[1]
+    if not is_readable(x):
+        x = gather(x, None, codes13.shape[2] * 64, stream)
+    ids, weights = topk_ids.contiguous(), topk_weights.to(torch.float32).contiguous()
+    if ids.dtype not in {torch.int32, torch.int64}:
+        ids = ids.to(torch.int64)
+    local_numbers = None if expert_map is None else expert_map.to(torch.int32).contiguous()
+
+    choices = rows * top_k
+    size = rows_per_block(choices, count)
+    blocks = most_blocks(choices, count, size)
+    places = topk_ids.new_empty(blocks * size + blocks + choices, dtype=torch.int32)
+    order, owners, local = places.data_ptr(), places.data_ptr() + 4 * blocks * size, 0
+    local = owners + 4 * blocks
+    route = Launch(function("route.cu", "route", {}, 0, device), (1, 1, 1), _ROUTE_THREADS, 0, stream, overlap=False)
+    global_count = 0 if local_numbers is None else local_numbers.shape[0]
+    route(
+        _ROUTE.pack(
+            ids.data_ptr(), at(local_numbers), order, owners, local, choices, count, global_count, size, blocks,
+            int(ids.dtype == torch.int64),
+        )
+    )  # fmt: skip
+
+    width = -(-between // 8) * 8
+    h, outputs = x.new_empty((blocks * size, width)), x.new_empty((choices, hidden))
+    first = Side(
+        decode(form13, half=half, scale=name_of(scales13)), 1, codes13.shape[1], codes13.shape[2], bool(gated), kind,
+        bool(limited),
+    )  # fmt: skip
+    second = Side(
+        decode(form2, half=half, scale=name_of(scales2)), 2, codes2.shape[1], codes2.shape[2], False, 0, False
+    )
+    for side, given, made, weight, scales, features in (
+        (first, x, h, (codes13, scales13, zeros13, factor13, bias13), scales13, between),
+        (second, h, outputs, (codes2, scales2, zeros2, factor2, bias2), scales2, hidden),
+    ):
+        cut = side.cut(size, blocks, target)
+        shared = cut.shared_bytes(side.form)
+        found = function("multiply.cu", "multiply", side.definitions(cut), shared, device)
+        launch = Launch(found, side.grid(cut, blocks), cut.threads, shared, stream, overlap=target.clusters)
+        launch(
+            _MULTIPLY.pack(
+                given.data_ptr(), *(at(tensor) for tensor in weight), made.data_ptr(), 0, given.stride(0) * 2,
+                blocks * size, features, given.shape[1], side.tiles, side.chunks,
+                1 if scales is None else scales.shape[2], top_k, made.shape[1], order, owners,
+                weights.data_ptr() if on_input and side.number == 1 else 0, *numbers,
+            )
+        )  # fmt: skip
+    found = function("combine.cu", "combine", second.form.definitions(), 0, device)
+    grid = (-(-hidden // _THREADS), min(rows, _MOST_GRID_Y), 1)
+    launch = Launch(found, grid, _THREADS, 0, stream, overlap=target.clusters)
+    launch(
+        _COMBINE.pack(
+            outputs.data_ptr(), 0 if on_input else weights.data_ptr(), local, y.data_ptr(), rows, hidden, top_k
+        )
+    )
+    return y
+
+
+def _fake_experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+_WEIGHT = "Tensor codes{0}, Tensor? scales{0}, Tensor? zeros{0}, Tensor? factor{0}, Tensor? bias{0}"
+
+experts = register(
+    "experts",
+    "(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
+    f"{_WEIGHT.format(13)}, {_WEIGHT.format(2)}, int[] facts, float[] numbers) -> Tensor",
+    _experts,
+    _fake_experts,
+)
+"""y `[M, H]` of a mixture of experts as one operator of torch, see `expertprepare.py` for the tensors."""
