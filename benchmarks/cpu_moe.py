@@ -62,6 +62,14 @@ SHAPES = (
     Shape("Mixtral-8x7B, half as wide", 2048, 7168, 8, 2),
 )
 ROWS = (1, 4, 16, 64, 512)
+COLUMNS = {
+    "us": "us",
+    "x loop": "ratio_to_loop",
+    "x BF16": "ratio_to_bf16",
+    "loop us": "loop_us",
+    "BF16 us": "bf16_us",
+    "floor us": "floor_us",
+}
 CALLS = 32
 """Different routings that take turns."""
 
@@ -146,10 +154,9 @@ def call(run: Layer, x: torch.Tensor, given: Iterator[Routing]) -> Callable[[], 
 
 def measure_shape(
     shape: Shape, rows: tuple[int, ...], rounds: int, bandwidth: float, clock: Clock
-) -> list[dict[str, Any]]:
-    """Return one row of figures per format and number of rows."""
+) -> Iterator[dict[str, Any]]:
+    """Yield one row of figures per format and number of rows."""
     dense = dense_loop(shape)
-    figures = []
     for name, (spec, kernel) in FORMATS.items():
         loop = LoopKernel(kernel.linear)
         mine, loops = prepared_both(shape, spec, kernel)
@@ -162,22 +169,19 @@ def measure_shape(
             x = torch.randn(m, shape.hidden, dtype=torch.bfloat16)
             times = medians([call(run, x, turns(routings(shape, m))) for run in runs], rounds, 0.1, clock)
             working = active(shape, m)
-            figures.append(
-                {
-                    "shape": shape.name,
-                    "rows": m,
-                    "format": name,
-                    "active": working,
-                    "bf16_us": times[0] * 1e6,
-                    "us": times[1] * 1e6,
-                    "loop_us": times[2] * 1e6,
-                    "ratio_to_loop": times[2] / times[1],
-                    "ratio_to_bf16": times[0] / times[1],
-                    "floor_us": mine.nbytes / shape.experts * working / bandwidth * 1e6,
-                    "bytes": mine.nbytes,
-                }
-            )
-    return figures
+            yield {
+                "shape": shape.name,
+                "rows": m,
+                "format": name,
+                "active": working,
+                "bf16_us": times[0] * 1e6,
+                "us": times[1] * 1e6,
+                "loop_us": times[2] * 1e6,
+                "ratio_to_loop": times[2] / times[1],
+                "ratio_to_bf16": times[0] / times[1],
+                "floor_us": mine.nbytes / shape.experts * working / bandwidth * 1e6,
+                "bytes": mine.nbytes,
+            }
 
 
 def measure_active(rounds: int, clock: Clock) -> list[dict[str, Any]]:
@@ -197,14 +201,25 @@ def measure_active(rounds: int, clock: Clock) -> list[dict[str, Any]]:
     ]
 
 
-def measure(*, quick: bool, clock: Clock) -> dict[str, Any]:
-    """Return all figures."""
-    bandwidth = read_bandwidth()
+def measure(*, quick: bool, clock: Clock, show: Callable[[str], None]) -> dict[str, Any]:
+    """Return all figures, and show each as soon as it is there."""
+    bandwidth = read_bandwidth(clock=clock)
     shapes, rows, rounds = (SHAPES[:1], ROWS[:3], 5) if quick else (SHAPES, ROWS, 9)
+    machine = describe()
+    show("{processor}, {threads} threads, torch {torch}".format(**machine) + f", reads {bandwidth / 1e9:.1f} GB/s")
+    figures: list[dict[str, Any]] = []
     with torch.inference_mode():
-        figures = [figure for shape in shapes for figure in measure_shape(shape, rows, rounds, bandwidth, clock)]
+        for shape in shapes:
+            show(f"\n{shape.name}\n{'format':14} {'M':>4} {'active':>7} " + " ".join(f"{name:>9}" for name in COLUMNS))
+            for figure in measure_shape(shape, rows, rounds, bandwidth, clock):
+                times = " ".join(f"{figure[key]:9.{2 * ('ratio' in key)}f}" for key in COLUMNS.values())
+                show(f"{figure['format']:14} {figure['rows']:>4} {figure['active']:7.1f} {times}")
+                figures.append(figure)
+        show("\nint4 g128, one row\nexperts held, chosen, us")
         growth = measure_active(rounds, clock)
-    return {"machine": describe(), "read_bandwidth": bandwidth, "layers": figures, "growth": growth}
+        for case in growth:
+            show(f"{case['experts']:>4} {case['top_k']:>4} {case['us']:9.0f}")
+    return {"machine": machine, "read_bandwidth": bandwidth, "layers": figures, "growth": growth}
 
 
 def main() -> None:
@@ -220,30 +235,11 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     clock = time.process_time if options.processor_time else time.perf_counter
-    result = measure(quick=options.quick, clock=clock)
+    result = measure(
+        quick=options.quick, clock=clock, show=lambda line: None if options.json else print(line, flush=True)
+    )
     if options.json:
         print(json.dumps(result, indent=2))
-        return
-    machine = result["machine"]
-    print(
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"reads {result['read_bandwidth'] / 1e9:.1f} GB/s"
-    )
-    for number, figure in enumerate(result["layers"]):
-        if not number or figure["shape"] != result["layers"][number - 1]["shape"]:
-            print(f"\n{figure['shape']}")
-            print(
-                f"{'format':14} {'M':>4} {'active':>7} {'us':>9} {'x loop':>7} {'x BF16':>7} "
-                f"{'loop us':>9} {'BF16 us':>9} {'floor us':>9}"
-            )
-        print(
-            f"{figure['format']:14} {figure['rows']:>4} {figure['active']:7.1f} {figure['us']:9.0f} "
-            f"{figure['ratio_to_loop']:7.2f} {figure['ratio_to_bf16']:7.2f} "
-            f"{figure['loop_us']:9.0f} {figure['bf16_us']:9.0f} {figure['floor_us']:9.0f}"
-        )
-    print("\nint4 g128, one row: experts held, chosen, us")
-    for case in result["growth"]:
-        print(f"{case['experts']:>4} {case['top_k']:>4} {case['us']:9.0f}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,23 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def read_bandwidth(megabytes: int = 256, runs: int = 7) -> float:
+
+def read_bandwidth(megabytes: int = 256, runs: int = 7, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return bytes per second of reading memory that no cache holds: a float32 sum over a large tensor."""
     tensor = torch.ones(megabytes * 1_000_000 // 4)
     tensor.sum()
     times = []
     for _ in range(runs):
-        started = time.perf_counter()
+        started = clock()
         tensor.sum()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return tensor.nbytes / statistics.median(times)
 
 
