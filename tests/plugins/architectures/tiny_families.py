@@ -39,7 +39,7 @@ SHARED: dict[str, Any] = {
 _ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": INNER,
            "n_shared_experts": 1, "first_k_dense_replace": 0, "num_mtp_layers": 0}  # fmt: skip
 _LATENT = {"num_key_value_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
-           "qk_rope_head_dim": 16, "v_head_dim": 32, "n_group": 2, "topk_group": 1}  # fmt: skip
+           "qk_rope_head_dim": 16, "v_head_dim": 32, "head_dim": 16, "n_group": 2, "topk_group": 1}  # fmt: skip
 
 # family: (model class, configuration class, what its configuration says beside SHARED, container of layer N)
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
