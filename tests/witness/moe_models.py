@@ -94,6 +94,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_experts_per_tok": TOP_K,
             "sliding_window": 16,
             "max_position_embeddings": 131072,
+            "swiglu_limit": 1.5,  # small enough to matter here
         },
     ),
     "gemma4": (
