@@ -5,7 +5,7 @@ The modules a plan is about: read off a model on the meta device by an adapter, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX, StoredModules
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantplug.jsonio import Json
     from quantplug.names import Architecture
     from quantplug.registry import Registry
+    from quantplug.renames import NameMap
 
 ModuleKind = Literal["linear", "experts", "embedding", "other"]
 
@@ -91,7 +92,11 @@ class Inventory:
 
 
 def inventory_of(
-    checkpoint: Checkpoint, model_config: Mapping[str, Json], registry: Registry, config: QuantConfig
+    checkpoint: Checkpoint,
+    model_config: Mapping[str, Json],
+    registry: Registry,
+    config: QuantConfig,
+    names: NameMap | None = None,
 ) -> Inventory:
     """
     Return the modules that the tensor names of a bare checkpoint stand for.
@@ -105,6 +110,8 @@ def inventory_of(
         model_config: its config.json.
         registry: for the schemes that `config` names, and for name rules of the model's family.
         config: how it is quantized.
+        names: what the modules are called in the engine that will run them (a family's `renames` for Transformers);
+            None calls them as the checkpoint does.
 
     Raises:
         PluginError: `QP-PLUG-MISSING` or `QP-PLUG-CONFLICT` about a scheme that `config` names.
@@ -119,6 +126,8 @@ def inventory_of(
     modules.sort(key=_is_last)
     if not any(map(_is_last, modules)) and _is_tied(model_config):
         modules += _tied_head(modules, stored, rules)
+    if names is not None:
+        modules = [replace(module, path=names(module.path)) for module in modules]
     return Inventory(tuple(modules))
 
 

@@ -15,12 +15,14 @@ from tiny_families import DENSE_FAMILIES, EXPERTS, FAMILIES, LAYERS, REFERENCE
 from quantplug.checkpoint import open_checkpoint
 from quantplug.config import DENSE, resolve_config
 from quantplug.convert import convert
+from quantplug.entries import path_entries
 from quantplug.errors import CheckpointError
 from quantplug.inventory import architecture_of, inventory_of
 from quantplug.load import load_layers
 from quantplug.names import GENERIC
 from quantplug.planner import plan
 from quantplug.plugins import registry as installed
+from quantplug.renames import NameMap, Rename
 from quantplug.schemes import SchemeCache
 from quantplug.shards import shards_of
 from quantplug_architectures import plugin
@@ -126,6 +128,28 @@ def test_renamed_modules_are_those_of_the_model(family, models):
     for name in tiny.others:
         assert names(name) in parameters
         assert names(names(name)) == names(name)
+
+
+VLLM_GEMMA4 = NameMap((Rename("experts", "moe.experts"),))
+
+
+@pytest.mark.parametrize(("family", "parent"), [("mixtral", "mlp"), ("gemma4", "moe")])
+def test_an_engine_calls_modules_by_its_own_names(family, parent, models, tmp_path):
+    """Rules are asked, and tensors read, under the checkpoint's names; layers come under the engine's."""
+    tiny, source = models(family)
+    directory = tmp_path / "converted"
+    convert(source, directory, scheme="mxfp8", params={}, skip=tuple(path_entries(["model.layers.1"], "test")))
+    registry = installed()
+    config = resolve_config(directory, registry)
+    rules = architecture_of(tiny.config, registry)
+    names = VLLM_GEMMA4 if family == "gemma4" else rules.renames
+    inventory = inventory_of(open_checkpoint(directory), tiny.config, registry, config, names)
+    made = plan(directory, inventory=inventory, dtype="float32", policy=REFERENCE)
+    assert not made.left
+    loaded = load_layers(made, directory)
+    assert list(loaded.experts) == [f"model.layers.0.{parent}.experts"]  # layer 1 stays whole, by the file's own names
+    first = loaded.experts[f"model.layers.0.{parent}.experts"].segments_of(0)[0]
+    assert first.name.startswith(f"{next(iter(tiny.experts))}.0.")
 
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
