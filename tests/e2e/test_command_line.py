@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import subprocess
 import sysconfig
@@ -95,8 +96,9 @@ def test_plan_for_hardware_that_is_not_here_says_why_its_kernels_are_slow(four_b
 
 def test_plan_for_a_gpu_that_is_not_here_names_its_kernel(four_bit: Path) -> None:
     shown = quantplug("plan", four_bit, "--for", "cuda:9.0").stdout
+    assert "marlin.wna16" in shown
     assert "triton.wna16" in shown
-    assert "not cpu.int4: runs on cpu, not on cuda:9.0" in shown.replace("\n", " ")
+    assert re.search(r"not [\w., ]*cpu\.int4[\w., ]*: runs on cpu, not on cuda:9\.0", " ".join(shown.split()))
 
 
 def test_a_dense_checkpoint_is_quantized_on_load_or_written_so_and_both_say_the_same(

@@ -1,5 +1,5 @@
 """
-Which cut suits a product. The rules come from sweeps on one H100: see `benchmarks/gpu/marlin.md`.
+Which cut suits a product. The rules come from sweeps on one H100: see the README.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def _group_cut(
     form: Form, bands: int, tokens: int, chunks: int, shares: int, target: Target, groups: int = 2
 ) -> GroupCut:
     """Return a cut with as many stages as help: four, or three of long ones."""
-    cut = GroupCut(groups, bands, tokens, 2 if chunks % 2 == 0 else 1, 4 if tokens <= 64 else 3, shares)
+    depth = 4 if tokens <= 64 or groups * bands == 1 else 3
+    cut = GroupCut(groups, bands, tokens, 2 if chunks % 2 == 0 else 1, depth, shares)
     while cut.depth > 2 and cut.shared_bytes(form) + 1024 > target.shared_bytes:
         cut = cut._replace(depth=cut.depth - 1)
     return cut

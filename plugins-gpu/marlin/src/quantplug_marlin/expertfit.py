@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
 from quantplug.spec import LinearProblem, SegmentSpec
-from quantplug_marlin.fit import verdict
+from quantplug_marlin.fit import CALL_US, verdict
 from quantplug_marlin.slots import STEP, arrange_in_order, group_size
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 MOST_EXPERTS = 2048
 """What `cuda/route.cu` has memory for."""
 
-_CALL_US = 9.0
+_CALL_US = 15.0
+_SLOWER = 4.0
+"""How much longer a row takes than in a linear layer: four warps do not multiply together here."""
 
 
 def projections(problem: MoEProblem) -> Iterator[LinearProblem]:
@@ -53,8 +55,8 @@ def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     if len(set(problem.w13)) > 1:
         kinds = " and ".join(spec.describe() for spec in problem.w13)
         return Rejected("segments", f"gate and up differ: {kinds}", "one contract for both")
-    fixed = sum(answer.cost.fixed_us for answer in answers)
-    row = sum(answer.cost.row_us for answer in answers)
+    fixed = sum(answer.cost.fixed_us - CALL_US for answer in answers)
+    row = _SLOWER * sum(answer.cost.row_us for answer in answers)
     return Accepted(
         Cost(_CALL_US + problem.top_k * fixed, problem.top_k * row),
         casts=(Cast("expert", problem.dtype),),

@@ -26,9 +26,9 @@ _MOST_SLOTS = 4
 """Slots per input from which on so many are empty that the layout makes no sense."""
 
 # One H100: bytes per microsecond of a stream of weights, products of a weight and a row per microsecond, and a call.
-_BYTES_PER_US = 2.6e6
-_PRODUCTS_PER_US = 2.0e8
-_CALL_US = 3.0
+_BYTES_PER_US = 2.9e6
+_PRODUCTS_PER_US = 3.0e8
+CALL_US = 2.0
 
 
 def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
@@ -45,7 +45,7 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
         )
     held = _bytes_of(problem, slots)
     return Accepted(
-        Cost(_CALL_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
+        Cost(CALL_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
         extra_bytes=max(0, held - _entitled_bytes(problem)),
         notes=_notes(problem, platform, slots),
     )
