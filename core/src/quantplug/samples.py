@@ -97,6 +97,11 @@ def sample_weights(problem: LinearProblem, generator: torch.Generator) -> list[W
     return [sample_weight(s.weight, s.out_features, problem.in_features, generator) for s in problem.segments]
 
 
+def largest_code(element: ElementType) -> float:
+    """Return the largest code of x in a type."""
+    return _LARGEST[element]
+
+
 def dense_values(weights: Sequence[Weight], device: torch.device) -> torch.Tensor:
     """Return the values float32 `[N, K]` of all segments on a device."""
     return torch.cat([weight.dequantize(torch.float32).to(device) for weight in weights])

@@ -21,12 +21,12 @@ from quantplug.trialbound import Exact
 from quantplug.weight import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from quantplug.kernel import Accepted, LinearKernel
     from quantplug.spec import LinearProblem
 
-_DISTINCT_ROWS = 13
+DISTINCT_ROWS = 13
 """Rows of x that are held against the exact result; x repeats them. A prime, so that no tile is as long."""
 
 
@@ -67,7 +67,7 @@ class Workload:
         dtype: torch.dtype = getattr(torch, problem.dtype)
         self._values = dense_values(self._weights, device)
         self._bias = torch.randn(problem.out_features, generator=generator).to(device, dtype) if problem.bias else None
-        self._checked = sample_x(problem, _DISTINCT_ROWS, generator).to(device)
+        self._checked = sample_x(problem, DISTINCT_ROWS, generator).to(device)
         self._exact = Exact(self._checked, self._values, self._weights, self._bias)
         self._x = torch.randn(max(rows), problem.in_features, generator=generator).to(device, dtype)
 
@@ -86,10 +86,7 @@ class Workload:
 
     def run(self, kernel: LinearKernel, verdict: Accepted) -> Trial:
         """Prepare, check and time a kernel, which accepted the problem with that verdict."""
-        found = isolated(lambda: self._run(kernel, verdict))
-        if isinstance(found, Fault):
-            return Trial() if found.error.startswith("OutOfMemoryError") else Trial(wrong=f"raised {found.error}")
-        return found
+        return tried(lambda: self._run(kernel, verdict))
 
     def touch(self) -> None:
         """Use the device; raises when it cannot be used any more."""
@@ -110,7 +107,7 @@ class Workload:
             return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
         for rows in self._rows:
-            x = self._checked[torch.arange(rows, device=self._device) % _DISTINCT_ROWS]
+            x = self._checked[torch.arange(rows, device=self._device) % DISTINCT_ROWS]
             wrong = self._exact.compare(call(parts, x), verdict.casts)
             if wrong:
                 return Trial(nbytes=_nbytes(parts), wrong=wrong)
@@ -133,6 +130,14 @@ class Workload:
             Prepared(part.layout_id, part.problem, tensors, part.meta)
             for tensors in cold_copies(part.tensors, self._device)
         ]
+
+
+def tried(run: Callable[[], Trial]) -> Trial:
+    """Return what came of a trial; what a kernel raises is wrong, but where memory did not suffice."""
+    found = isolated(run)
+    if isinstance(found, Fault):
+        return Trial() if found.error.startswith("OutOfMemoryError") else Trial(wrong=f"raised {found.error}")
+    return found
 
 
 def _nbytes(parts: Sequence[Prepared]) -> int:

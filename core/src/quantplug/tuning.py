@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import torch
+
     from quantplug.jsonio import Json
+    from quantplug.moe import MoEProblem
     from quantplug.onload import OnLoad
     from quantplug.plan import Decision, Plan
     from quantplug.policy import Policy
     from quantplug.registry import Registry
     from quantplug.trial import Workload
+    from quantplug.trialexperts import ExpertWorkload
 
     Told = Callable[[str, int, int], None]
 
@@ -50,7 +54,7 @@ class TunedProblem:
         measurements: one per kernel, in the order of the decision before.
     """
 
-    problem: LinearProblem
+    problem: LinearProblem | MoEProblem
     layers: int
     before: Decision
     after: Decision
@@ -106,7 +110,7 @@ def tune(
         policy: as for `plan`.
         override: as for `plan`.
         quantize: as for `plan`.
-        progress: told ("[576, 576] …", problems done, problems in all) before each problem, and at the end.
+        progress: told ("[576, 576] int4 …", problems done, problems in all) before each problem, and at the end.
         registry: plugins to ask; None asks the installed ones.
 
     Raises:
@@ -128,24 +132,22 @@ def tune(
     before = planned(Timings())
     asked = Counter(layer.problem for layer in before.layers if layer.problem is not None)
     indices = {layer.problem: layer.decision for layer in reversed(before.layers) if layer.decision is not None}
-    linear = [problem for problem in asked if isinstance(problem, LinearProblem)]
     wanted = tuple(sorted(set(rows))) or (CPU_ROWS if before.platform.kind == "cpu" else ROW_BUCKETS)
-    measured: dict[LinearProblem, tuple[Measurement, ...]] = {}
+    measured: dict[LinearProblem | MoEProblem, tuple[Measurement, ...]] = {}
     kept = Timings()
     warnings: list[str] = []
     skipped: list[str] = []
-    for number, problem in enumerate(linear):
+    for number, problem in enumerate(asked):
         if progress is not None:
-            progress(f"[{problem.out_features}, {problem.in_features}]", number, len(linear))
+            progress(describe_problem(problem), number, len(asked))
         measured[problem] = _measure(
             problem, before.decisions[indices[problem]], before, wanted, seconds, registry, skipped
         )
         kept = add_timings(path, measured[problem])
         warnings += [kept.warning] if kept.warning and kept.warning not in warnings else []
     if progress is not None:
-        progress("", len(linear), len(linear))
+        progress("", len(asked), len(asked))
     after = planned(kept)
-    skipped += [f"{p.describe()}: experts are not measured" for p in asked if not isinstance(p, LinearProblem)]
     return TuneReport(
         device=before.platform.device,
         platform=str(before.platform),
@@ -162,7 +164,7 @@ def tune(
 
 
 def _measure(
-    problem: LinearProblem,
+    problem: LinearProblem | MoEProblem,
     decision: Decision,
     plan: Plan,
     rows: Sequence[int],
@@ -172,17 +174,16 @@ def _measure(
 ) -> tuple[Measurement, ...]:
     import torch
 
-    from quantplug.trial import Workload
-
     kernels = kernels_for(problem, registry)
     found: list[Measurement] = []
     with torch.inference_mode():
-        work = Workload(problem, torch.device(plan.platform.kind), rows, seconds)
+        work = _workload(problem, torch.device(plan.platform.kind), rows, seconds)
         for candidate in decision.candidates:
-            kernel = registry.kernels[candidate.kernel].item
+            kernel = kernels[candidate.kernel].item
             if not isinstance(candidate.verdict, Accepted) or kernel.traits.fallback:
                 continue
-            trial = work.run(kernel, candidate.verdict)
+            # The kernels of a problem are those of its workload, which no type says.
+            trial = work.run(kernel, candidate.verdict)  # type: ignore[arg-type]
             _check_device(work, candidate.kernel)
             if not trial.us and not trial.wrong:
                 skipped.append(f"{describe_problem(problem)}: {candidate.kernel} needs more memory than there is")
@@ -197,7 +198,18 @@ def _measure(
     return tuple(found)
 
 
-def _check_device(work: Workload, kernel: str) -> None:
+def _workload(
+    problem: LinearProblem | MoEProblem, device: torch.device, rows: Sequence[int], seconds: float
+) -> Workload | ExpertWorkload:
+    from quantplug.trial import Workload
+    from quantplug.trialexperts import ExpertWorkload
+
+    if isinstance(problem, LinearProblem):
+        return Workload(problem, device, rows, seconds)
+    return ExpertWorkload(problem, device, rows, seconds)
+
+
+def _check_device(work: Workload | ExpertWorkload, kernel: str) -> None:
     """Raise when a kernel left the device unusable: what comes after it would be blamed for that."""
     fault = isolated(work.touch)
     if isinstance(fault, Fault):
