@@ -71,7 +71,7 @@ def taught() -> Qwen3MoeForCausalLM:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the model with its three layers in places 4, 40 and 41, and layers before and between them that change nothing."""
+    """Write the model with its layers in places 4, 40 and 41, and layers before and between that change nothing."""
     small, directory = tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("dense")
     taught().save_pretrained(small)
     stored = load_file(small / "model.safetensors")
