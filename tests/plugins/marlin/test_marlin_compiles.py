@@ -19,6 +19,11 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is installed on Linux
 INT4 = Form(ElementType.INT4, half=False, scale="float16", parts=1, per_group=2)
 FEW, MANY = Cut(2, 8, 1, 16, 4), Cut(2, 64, 4, 2, 4)
 GROUP = GroupCut(2, 1, 64, 2, 4, shares=4)
+EXPERTS = tuple(
+    {"EXPERTS": number, "GATED": gated, "FUNCTION": function, "LIMITED": gated}
+    for number, gated, function in ((1, 1, 0), (1, 0, 4), (2, 0, 0))
+)
+"""The first product with gate and up, and without a gate; the second."""
 
 
 class Machine(NamedTuple):
@@ -44,7 +49,12 @@ def test_the_product_compiles(cut, architecture):
     assert code(cut.file, {**INT4.definitions(), **cut.definitions()}, architecture)[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("file", ["gather.cu", "shares.cu", "dense.cu"])
+@pytest.mark.parametrize("own", EXPERTS, ids=["gate and up", "no gate", "down"])
+def test_the_products_of_experts_compile(own):
+    assert code("multiply.cu", {**INT4.definitions(), **FEW.definitions(), **own}, "sm_80")[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("file", ["gather.cu", "shares.cu", "dense.cu", "route.cu", "combine.cu"])
 def test_what_surrounds_the_product_compiles(file):
     assert code(file, {**INT4.definitions(), "OUT": 2}, "sm_80")[:4] == b"\x7fELF"
 
@@ -52,6 +62,13 @@ def test_what_surrounds_the_product_compiles(file):
 def test_a_refused_source_shows_the_compilers_words():
     with pytest.raises(CompileError, match="nonsense"):
         compiler().compile("nonsense", options_for("sm_80"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", range(5))
+def test_every_function_compiles(function):
+    for own in EXPERTS:
+        assert code("multiply.cu", {**INT4.definitions(), **FEW.definitions(), **own, "FUNCTION": function}, "sm_90a")
 
 
 @pytest.mark.slow
@@ -64,6 +81,8 @@ def test_every_form_compiles(element, architecture):
             for cut in (FEW, MANY, *([GROUP] if architecture == "sm_90a" else [])):
                 assert code(cut.file, {**form.definitions(), **cut.definitions()}, architecture)
             assert code("dense.cu", {**form.definitions(), "OUT": int(half)}, architecture)
+            for own in EXPERTS:
+                assert code("multiply.cu", {**form.definitions(), **FEW.definitions(), **own}, architecture)
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from quantplug_marlin.form import Form
 
-CAPACITY = 227 * 1024
-"""Bytes of shared memory per block and multiprocessor, from compute capability 9.0 on; 8.0 has 163 KiB, 8.6 99 KiB."""
-
 
 class Cut(NamedTuple):
     """

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _MULTIPLY = Struct("8Pq6i")
 _MULTIPLY_BOXES = Struct("6P5i60x")  # behind the tensor map, as long as that
-_GATHER = Struct("3P2q3i")
-_SHARES = Struct("4P3i")
-_DENSE = Struct("6P5i")
+_GATHER = Struct("3P2q3i4x")
+_SHARES = Struct("4P3i4x")
+_DENSE = Struct("6P5i4x")
 
 stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: torch.cuda.current_stream(device).cuda_stream
