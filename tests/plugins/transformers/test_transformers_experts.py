@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REGISTRY = experts_registry()
-SWIGLU = ExpertFunction("silu", limit=5.0, alpha=1.702, up_offset=1.0)
+SWIGLU = ExpertFunction("silu", limit=7.0, alpha=1.702, up_offset=1.0)
 FUNCTIONS = {family: ExpertFunction("silu") for family in FAMILIES} | {
     "gpt_oss": SWIGLU,
     "gemma4_text": ExpertFunction("gelu_tanh"),
@@ -77,7 +77,7 @@ def by_hand(module: torch.nn.Module, rows: torch.Tensor, ids: torch.Tensor, weig
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate.clamp(max=5.0), up.clamp(-5.0, 5.0)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1.0)
 
 
@@ -203,7 +203,7 @@ def test_a_class_is_asked_whether_it_computes_what_the_rules_say(family) -> None
     assert dict(module.named_parameters(recurse=False)) == own
     wrong = [
         replace(right, function=replace(right.function, name="gelu")),
-        replace(right, function=replace(right.function, limit=7.0)),
+        replace(right, function=replace(right.function, limit=5.0)),
         replace(right, function=replace(right.function, alpha=1.5)),
         replace(right, function=replace(right.function, up_offset=0.5)),
         replace(right, function=replace(right.function, gated=False)),

@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16, "v_head_dim": 16,
     },
     "glm4_moe": {**ROUTED, "head_dim": 16},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "swiglu_limit": 5.0},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "gemma4_text": {
         "head_dim": 16, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
         "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from quantplug.expertrules import ExpertRules
+    from quantplug.names import Architecture
 
 _DENSE = "weight"
 
@@ -60,7 +60,7 @@ class _Matching:
     ignored: list[str] = field(default_factory=list)
 
 
-def match_names(model: PreTrainedModel, stored: Iterable[str], experts: ExpertRules = GENERIC.experts) -> StoredNames:
+def match_names(model: PreTrainedModel, stored: Iterable[str], rules: Architecture = GENERIC) -> StoredNames:
     """
     Match the tensor names of a checkpoint with a model that has its original modules.
 
@@ -70,7 +70,7 @@ def match_names(model: PreTrainedModel, stored: Iterable[str], experts: ExpertRu
     Args:
         model: any device; only names are looked at.
         stored: tensor names of the checkpoint.
-        experts: how the family spells experts.
+        rules: how the family spells experts, and where their modules lie in the model.
     """
     stored = list(stored)
     result = _Matching()
@@ -94,12 +94,17 @@ def match_names(model: PreTrainedModel, stored: Iterable[str], experts: ExpertRu
         {module: tuple(paths) for module, paths in result.modules.items()},
         frozenset(result.converted),
         tuple(result.ignored),
-        _containers(model, rename, ExpertIndex((name.rpartition(".")[0] for name in stored), experts)),
+        _containers(model, rename, ExpertIndex((name.rpartition(".")[0] for name in stored), rules.experts), rules),
     )
 
 
-def _containers(model: PreTrainedModel, rename: _Renamer, index: ExpertIndex) -> dict[str, str]:
-    """Return path of a module with stacked experts -> the first stored container that would go there."""
+def _containers(model: PreTrainedModel, rename: _Renamer, index: ExpertIndex, rules: Architecture) -> dict[str, str]:
+    """
+    Return path of a module with stacked experts -> the first stored container that would go there.
+
+    Transformers' rules say so of what the module itself holds; before 5.9 they knew single experts only in some
+    families, so that those of the core are asked next.
+    """
     found = (*index.containers, *index.stacked)
     if not found:
         return {}
@@ -111,10 +116,12 @@ def _containers(model: PreTrainedModel, rename: _Renamer, index: ExpertIndex) ->
     }
     places: dict[str, str] = {}
     for container in found:
-        for name in dict.fromkeys(holders.values()):
-            path = (rename(f"{container}.{name}")[0] or "").rpartition(".")[0]
-            if path in holders:
-                places.setdefault(path, container)
+        paths = [
+            (rename(f"{container}.{name}")[0] or "").rpartition(".")[0] for name in dict.fromkeys(holders.values())
+        ]
+        path = next((path for path in (*paths, rules.renames(container)) if path in holders), None)
+        if path is not None:
+            places.setdefault(path, container)
     return places
 
 

@@ -97,7 +97,7 @@ def make_request(model: PreTrainedModel, directory: Path, wishes: Wishes, plan: 
     registry = installed() if wishes.registry is None else wishes.registry
     checkpoint = open_checkpoint(directory)
     rules = architecture_of(model.config.to_dict(), registry)
-    names = match_names(model, checkpoint.tensors, rules.experts)
+    names = match_names(model, checkpoint.tensors, rules)
     names = without_next_n(names, checkpoint.tensors, model.config, rules.layers)
     if plan is None:
         plan = make_plan(

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
 from quantplug.modules import QuantizedLinear
 from quantplug.moemodules import QuantizedExperts
 from quantplug.writeback import stored_tensors
@@ -15,8 +18,9 @@ from quantplug_transformers.install import kv_scales_of, plan_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from transformers import PreTrainedModel
+
+    from quantplug.plan import LayerPlan
 
 
 def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -33,11 +37,27 @@ def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     own_path = {
         segment.name: layer.path for layer in plan.layers if layer.experts is None for segment in layer.segments
     }
-    own_path |= {container_of(layer): layer.path for layer in plan.layers if layer.quantized and layer.experts}
+    own_path |= {
+        container_of(layer): _place(model, layer) for layer in plan.layers if layer.quantized and layer.experts
+    }
     state: dict[str, torch.Tensor] = dict(model.state_dict())
     for name, tensor in stored_tensors(layers):
         state[_in_model(name, own_path)] = tensor
     return state | kv_scales_of(model)
+
+
+def _place(model: PreTrainedModel, layer: LayerPlan) -> str:
+    """
+    Return the path that Transformers writes as the stored one of a layer of experts.
+
+    It turns names back by its rules for the model's own tensors, which reach single experts in some versions only.
+    """
+    container, (_, name) = container_of(layer), layer.segments[0].tensors[0]
+    rest = name.removeprefix(container)
+    for path in (layer.path, container):
+        if name in revert_weight_conversion(model, {path + rest: torch.empty(0)}):
+            return path
+    return layer.path
 
 
 def _in_model(name: str, own_path: Mapping[str, str]) -> str:
