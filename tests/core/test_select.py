@@ -11,7 +11,7 @@ from toy_checkpoints import toy_registry
 from quantplug.errors import PlanError
 from quantplug.hooks import hookimpl
 from quantplug.inventory import ModuleInfo
-from quantplug.kernel import Accepted, Cost, Rejected, Verdict
+from quantplug.kernel import Accepted, Cost, Rejected, Traits, Verdict
 from quantplug.plan import Choice
 from quantplug.planner import probe_kernels
 from quantplug.platform import Platform
@@ -101,6 +101,34 @@ def test_when_everyone_refuses_the_error_lists_every_reason_and_every_broken_plu
     assert "toy.fast (toys): runs on cpu, not on cuda:9.0" in text
     assert "quantplug-vendor" in text
     assert "vendor_lib" in text
+
+
+def test_on_an_accelerator_no_kernel_takes_over_that_cannot_be_captured() -> None:
+    class Few(toys.ToyKernel):
+        name = "a.few"
+        layout_id = "a"
+
+        def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+            return Accepted(Cost(5.0, 2.0), dequantize_us=1e6)
+
+    class Waits(Few):
+        name = "a.waits"
+        traits = Traits(graph_safe=False)
+
+        def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+            return Accepted(Cost(20.0, 0.5), dequantize_us=1e6)
+
+    @hookimpl
+    def quantplug_kernels() -> list[object]:
+        return [Few(), Waits()]
+
+    vendor = SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)
+    registry = build_registry({"vendor": vendor})
+    gpu = Platform.parse("cuda:9.0")
+    assert select(problem(), MODULE, gpu, registry, Policy(), {}).choices == (Choice("a.few"),)
+    assert select(problem(), MODULE, CPU, registry, Policy(), {}).choices[1] == Choice("a.waits", 16, None)
+    alone = select(problem(), MODULE, gpu, registry, policy({"deny": "a.few*"}), {})
+    assert alone.choices == (Choice("a.waits"),)
 
 
 def test_segments_that_differ_are_split_for_a_kernel_that_needs_them_uniform() -> None:

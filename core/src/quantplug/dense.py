@@ -57,7 +57,7 @@ class DenseProduct(LinearKernel):
         self.layout_id = kernel.layout_id  # type: ignore[misc]  # as above
         self.traits = Traits(  # type: ignore[misc]  # as above
             uniform_segments=kernel.traits.uniform_segments,
-            graph_safe=kernel.traits.graph_safe,
+            graph_safe=kernel.traits.dequantize_graph_safe,
             deterministic=kernel.traits.deterministic,
         )
 

@@ -119,12 +119,14 @@ class Traits:
     Attributes:
         uniform_segments: needs all segments of a fused layer to share one contract (else the core splits the call).
         graph_safe: may be captured in a device graph.
+        dequantize_graph_safe: `dequantize` may be captured, too: it waits for nothing and copies nothing from the host.
         deterministic: the same inputs give the same bits.
         fallback: last resort; chosen only when nothing else fits, and then with a warning.
     """
 
     uniform_segments: bool = False
     graph_safe: bool = True
+    dequantize_graph_safe: bool = False
     deterministic: bool = True
     fallback: bool = False
 

@@ -52,9 +52,11 @@ def select(
     Choose the kernels of one layer.
 
     The candidates are ordered by (policy, measured time of one row, estimated cost of one row, name), last resorts
-    behind all others. The first gives the layout; for more rows, faster kernels that share that layout take over. Where
-    some candidates were measured, the others stand behind them: a measured time is kept rather than given up for a
-    claim. Of those that were, the ones that hold far more bytes than another stand behind, too: time is not all, and
+    behind all others. The first gives the layout; for more rows, faster kernels that share that layout take over, but
+    on an accelerator none that would keep a layer from being captured in a graph.
+
+    Where some candidates were measured, the others stand behind them: a measured time is kept rather than given up for
+    a claim. Of those that were, the ones that hold far more bytes than another stand behind, too: time is not all, and
     an estimate may count memory, but a measurement does not.
 
     Args:
@@ -103,7 +105,12 @@ def select(
             fix=_all_reasons(candidates, registry),
         )
     first = kernels[accepted[0].kernel].item
-    same_layout = [c for c in accepted if kernels[c.kernel].item.layout_id == first.layout_id]
+    same_layout = [
+        c
+        for c in accepted
+        if kernels[c.kernel].item.layout_id == first.layout_id
+        and (kernels[c.kernel].item.traits.graph_safe or not first.traits.graph_safe or platform.kind == "cpu")
+    ]
     if pin is not None or accepted[0].policy:
         return Decision((Choice(accepted[0].kernel),), first.layout_id, tuple(candidates))
     if accepted[0].measured:

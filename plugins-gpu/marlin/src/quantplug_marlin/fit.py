@@ -48,6 +48,7 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
         Cost(CALL_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
         extra_bytes=max(0, held - _entitled_bytes(problem)),
         notes=_notes(problem, platform, slots),
+        dequantize_us=CALL_US + (held + 2 * n * k) / _BYTES_PER_US,
     )
 
 

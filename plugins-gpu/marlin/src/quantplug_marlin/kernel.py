@@ -31,7 +31,7 @@ class MarlinKernel(LinearKernel):
 
     name = "marlin.wna16"
     layout_id = "marlin.tiles"
-    traits = Traits(uniform_segments=True)
+    traits = Traits(uniform_segments=True, dequantize_graph_safe=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept every element type for bfloat16 and float16, on NVIDIA GPUs from compute capability 8.0 on."""
