@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from quantplug.errors import CheckpointError, ConfigError
 from quantplug.inventory import Inventory, ModuleInfo
 from quantplug.load import load_layers
-from quantplug.writeback import stored_tensors
 from quantplug.plan import Plan
 from quantplug.planner import plan
 from quantplug.plugins import build_registry
+from quantplug.writeback import stored_tensors
 from quantplug_mx import plugin
 
 if TYPE_CHECKING:
