@@ -170,6 +170,23 @@ def test_a_plan_says_measured_what_was_not_and_keeps_both_in_its_json(tmp_path):
     assert made.hash != plain.hash
 
 
+def test_a_plan_says_that_what_was_measured_is_of_other_versions(tmp_path):
+    directory = toy_checkpoint(tmp_path)
+    registry = toy_registry()
+    made = plan(directory, platform=HERE, registry=registry, timings=Timings())
+    problem = next(layer.problem for layer in made.layers if layer.problem is not None)
+    warnings = {}
+    for name, other in (("old", {"versions": ()}), ("elsewhere", {"device": "Another CPU"})):
+        timings = Timings([measurement("toy.many", (1, 8.0), problem=problem, **other)])
+        found = plan(directory, platform=HERE, registry=registry, timings=timings)
+        assert {decision.basis for decision in found.decisions} == {"estimated"}
+        warnings[name] = [text for text in found.warnings if "measured" in text]
+    assert warnings == {
+        "old": ["the measured times are of other versions, hence ignored; run `quantplug tune` again"],
+        "elsewhere": [],
+    }
+
+
 def test_the_hash_covers_what_was_chosen_and_no_time(tmp_path):
     directory = toy_checkpoint(tmp_path)
     registry = toy_registry()

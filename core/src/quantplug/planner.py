@@ -38,7 +38,7 @@ from quantplug.timings import Timings
 from quantplug.timingstore import read_timings, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from quantplug.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from quantplug.jsonio import Json
     from quantplug.kernel import Rejected
     from quantplug.moekernel import Kernel
-    from quantplug.plan import Decision
+    from quantplug.plan import Decision, LayerPlan
     from quantplug.registry import Provided, Registry
     from quantplug.spec import ActivationSpec
 
@@ -238,6 +238,7 @@ def _plan(files: _Files, inventory: Inventory, around: _Surroundings, elsewhere:
             *report.warnings,
             *([around.timings.warning] if around.timings.warning else []),
             *_unmeasured(layers.decisions, registry),
+            *_outdated(planned, layers.decisions, around.timings, around.platform),
         ),
         plugins=_taking_part(registry, layers),
     )
@@ -271,6 +272,19 @@ def _unmeasured(decisions: Iterable[Decision], registry: Registry) -> list[str]:
     last = {name for kernels in (registry.kernels, registry.moe_kernels) for name, p in kernels.items() if _is_last(p)}
     lacking = sorted(names - last)
     return [f"not measured, hence passed over: {', '.join(lacking)}; run `quantplug tune` again"] if lacking else []
+
+
+def _outdated(
+    layers: Iterable[LayerPlan], decisions: Sequence[Decision], timings: Timings, platform: Platform
+) -> list[str]:
+    """Return a warning where there are measured times, and all of them are of other versions."""
+    asked = {layer.problem: layer.decision for layer in layers if layer.problem is not None}
+    for problem, index in asked.items():
+        if problem is None or index is None or any(c.measured for c in decisions[index].candidates):
+            continue
+        if timings.knows(problem, platform):
+            return ["the measured times are of other versions, hence ignored; run `quantplug tune` again"]
+    return []
 
 
 def _is_last(provided: Provided[Kernel]) -> bool:

@@ -98,6 +98,11 @@ class Timings:
                 found[name] = measurement
         return found
 
+    def knows(self, problem: LinearProblem | MoEProblem, platform: Platform) -> bool:
+        """Return whether a problem was measured on the platform, with whatever versions."""
+        place = platform.device, str(platform), problem_key(problem)
+        return any(key[:3] == place for key in self._by_key)
+
 
 def problem_key(problem: LinearProblem | MoEProblem) -> str:
     """Return a problem as JSON text; equal problems have equal texts, in any process."""

@@ -84,6 +84,11 @@ def show(made: Plan, title: str) -> None:
     memory = sum(layer.memory_bytes for layer in made.layers)
     quantized = sum(layer.quantized for layer in made.layers)
     console.print(f"{quantized} layers quantized; {size(files)} in files, about {size(memory)} in memory")
+    measured = sum(
+        made.decisions[layer.decision].basis == "measured" for layer in made.layers if layer.decision is not None
+    )
+    if measured:
+        console.print(f"{measured} layers by measured times, see `quantplug tune`", markup=False)
     for left in made.left:
         console.print(f"left: {left.reason} ({len(left.names)} tensors, {left.names[0]} …)", markup=False)
     if made.kv_cache is not None:
