@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from quantplug.draft import layer_number, number_of_layers
 from quantplug.expertnames import ExpertIndex
@@ -76,7 +76,7 @@ def match_names(model: PreTrainedModel, stored: Iterable[str], rules: Architectu
     result = _Matching()
     rename = _Renamer(model)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    for name in sorted(stored, key=dot_natural_key):
+    for name in sorted(stored, key=_natural):
         path, _, suffix = name.rpartition(".")
         target, produced = rename(name)
         if target is not None:
@@ -142,6 +142,12 @@ def without_next_n(names: StoredNames, stored: Iterable[str], config: Any, layer
         return names
     beyond = [name for name in stored if layer_number(name, layers) >= first and name not in names.targets]
     return replace(names, ignored=tuple(dict.fromkeys((*names.ignored, *beyond))))
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Order names by their numbers; Transformers' own key cannot compare a number with a word."""
+    numbers = [int(part) if part.isdecimal() and len(part) < 10 else -1 for part in name.split(".")]
+    return [(number < 0, number, part) for number, part in zip(numbers, name.split("."), strict=True)]
 
 
 class _Renamer:

@@ -44,19 +44,22 @@ def check_class(path: str, module: torch.nn.Module, layer: ExpertLayer) -> None:
     """
     sample = _Sample(layer, bias=DOWN + BIAS in dict(module.named_parameters(recurse=False)))
     wanted, bound = sample.answer()
-    said = ""
+    failures = []
+    answered = False
     for parameters in sample.layouts(gated=layer.function.gated):
         try:
             found = _ask(module, parameters, sample)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            said = f" ({type(error).__name__}: {str(error)[:200]})"
+            failures.append(f"{type(error).__name__}: {str(error)[:200]}")
             continue
+        answered = True
         if found.shape == wanted.shape and bool(((found - wanted).abs() <= bound).all()):
             return
+    said = layer.function.describe() + ("" if answered else f" ({failures[0]})")
     raise PlanError(
         "QP-PLAN-MODEL",
         path,
-        f"{type(module).__name__} does not compute what the rules of its family say, {layer.function.describe()}{said}",
+        f"{type(module).__name__} does not compute what the rules of its family say, {said}",
         expected="experts whose function, router weights and biases are those of the rules",
         fix="Describe the family: a plugin's quantplug_architectures says what lies between the products.",
     )
