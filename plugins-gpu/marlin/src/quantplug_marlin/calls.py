@@ -12,8 +12,8 @@ import torch
 from quantplug_marlin.choice import every_choice
 from quantplug_marlin.device import function, target_of
 from quantplug_marlin.form import Form, form_of
+from quantplug_marlin.launch import dense_definitions, linear
 from quantplug_marlin.launch import dequantize as dequantize_part
-from quantplug_marlin.launch import linear
 from quantplug_marlin.slots import Slots
 from quantplug_marlin.unpack import canonical
 
@@ -31,11 +31,12 @@ def form_of_part(prepared: Prepared, number: int) -> Form:
 
 
 def build(prepared: Prepared) -> None:
-    """Have every kernel compiled and loaded that a product with this layer may need, so that no call compiles."""
+    """Have every kernel compiled and loaded that a call with this layer may need, so that no call compiles."""
     device = prepared.tensors["codes.0"].device.index
     target, wanted = target_of(device), {}
     for number in range(prepared.meta["parts"]):
         form = form_of_part(prepared, number)
+        wanted["dense.cu", tuple(dense_definitions(form, prepared.problem.dtype).items())] = ("dequantize", 0)
         tiles, chunks, _ = prepared.tensors[f"codes.{number}"].shape
         for cut in every_choice(form, tiles, chunks, target):
             definitions = {**form.definitions(), **cut.definitions()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16")
 
 _STORED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_OLDEST, _NEWEST_RUN = (8, 0), (9, 0)
+_OLDEST, _RUN = (8, 0), (9, 0)
 _TILE = 16
 _MOST_SLOTS = 4
 """Slots per input from which on so many are empty that the layout makes no sense."""
@@ -62,7 +62,7 @@ def _notes(problem: LinearProblem, platform: Platform, slots: Slots) -> tuple[st
     notes = ["x is gathered in the order of groups"] if weight.act_order else []
     if slots.count >= k + 64:
         notes.append(f"empty slots: {k} inputs are laid out as {slots.count}")
-    if version_of(platform)[:1] > _NEWEST_RUN[:1]:
+    if version_of(platform) not in {(), _RUN}:
         notes.append(f"compute capability {platform.arch}: not run on hardware")
     return tuple(notes)
 

@@ -30,7 +30,7 @@ stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
 )
 """The current stream as the driver knows it: what torch's own compiled code calls, since a stream object costs 2 us."""
 
-_OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_OUT = {"bfloat16": 0, "float16": 1, "float32": 2}
 _THREADS = 256
 _MOST_GRID_Y = 65535
 
@@ -161,6 +161,11 @@ def gather(x: torch.Tensor, columns: torch.Tensor | None, slots: int, stream: in
     return gathered
 
 
+def dense_definitions(form: Form, dtype: str) -> dict[str, int]:
+    """Return what `cuda/dense.cu` is told of a weight whose values are to be in a dtype."""
+    return {**form.definitions(), "OUT": _OUT[dtype]}
+
+
 def _dequantize(
     codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None, factor: torch.Tensor | None,
     columns: torch.Tensor | None, outputs: int, inputs: int, form: int, half: bool, dtype: torch.dtype,
@@ -172,7 +177,7 @@ def _dequantize(
     values = codes.new_empty((outputs, inputs), dtype=dtype)
     stored = decode(form, half=half, scale=name_of(scales))
     tiles, chunks, _ = codes.shape
-    found = function("dense.cu", "dequantize", {**stored.definitions(), "OUT": _OUT[dtype]}, 0, device)
+    found = function("dense.cu", "dequantize", dense_definitions(stored, str(dtype).removeprefix("torch.")), 0, device)
     stream = stream_of(device)
     launch = Launch(found, (-(-chunks // 8), tiles, 1), _THREADS, 0, stream, overlap=False)
     groups = 1 if scales is None else scales.shape[1]
