@@ -4,13 +4,12 @@ A prepared layer, part by part.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantplug_marlin.choice import every_choice
-from quantplug_marlin.device import function, target_of
+from quantplug_marlin.device import build_all, target_of
 from quantplug_marlin.form import Form, form_of
 from quantplug_marlin.launch import dense_definitions, linear
 from quantplug_marlin.launch import dequantize as dequantize_part
@@ -44,13 +43,7 @@ def build(prepared: Prepared) -> None:
             if cut.splits > 1:
                 wanted["shares.cu", tuple(form.definitions().items())] = ("add_shares", 0)
     wanted["gather.cu", ()] = ("gather", 0)
-    with ThreadPoolExecutor(8) as pool:
-        jobs = [
-            pool.submit(function, file, name, dict(definitions), shared, device)
-            for (file, definitions), (name, shared) in wanted.items()
-        ]
-        for job in jobs:
-            job.result()
+    build_all(wanted, device)
 
 
 def apply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:

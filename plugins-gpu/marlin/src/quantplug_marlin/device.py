@@ -4,6 +4,7 @@ One GPU: what it is, and the kernels that are loaded onto it.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,3 +87,24 @@ def function(file: str, name: str, definitions: Mapping[str, int], shared_bytes:
             if found is None:
                 found = _loaded[key] = load(code, name, shared_bytes, device)
     return found
+
+
+def build_all(wanted: Mapping[tuple[str, tuple[tuple[str, int], ...]], tuple[str, int]], device: int) -> None:
+    """
+    Have kernels compiled and loaded, several at a time, and wait until the device has nothing left to do.
+
+    Kernels read weights before those ahead of them in the stream have finished. What is prepared is therefore complete
+    before any of them can be launched.
+
+    Args:
+        wanted: file and definitions of each, with the kernel's name and the most shared memory that a launch asks for.
+        device: its index.
+    """
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(function, file, name, dict(definitions), shared, device)
+            for (file, definitions), (name, shared) in wanted.items()
+        ]
+        for job in jobs:
+            job.result()
+    torch.cuda.synchronize(device)

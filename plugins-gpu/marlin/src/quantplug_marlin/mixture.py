@@ -4,14 +4,13 @@ The operator of torch that runs a mixture of experts, and what it launches.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from quantplug_marlin.choice import choose_experts
-from quantplug_marlin.device import function, target_of
+from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch
 from quantplug_marlin.expertfit import FUNCTIONS
 from quantplug_marlin.form import Form, decode
@@ -112,13 +111,7 @@ def build(prepared: PreparedExperts) -> None:
         wanted["combine.cu", tuple(side.form.definitions().items())] = ("combine", 0)
     wanted["route.cu", ()] = ("route", 0)
     wanted["gather.cu", ()] = ("gather", 0)
-    with ThreadPoolExecutor(8) as pool:
-        jobs = [
-            pool.submit(function, file, name, dict(definitions), shared, device)
-            for (file, definitions), (name, shared) in wanted.items()
-        ]
-        for job in jobs:
-            job.result()
+    build_all(wanted, device)
 
 
 def apply(
