@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import pytest
 
@@ -107,3 +108,43 @@ def test_without_a_compiler_the_probe_refuses_by_name(monkeypatch):
     finally:
         compilers.compiler.cache_clear()
         probe.cache_clear()
+
+
+class CuPysError(Exception):
+    """What CuPy raises when a source is refused."""
+
+
+def cupy_with(log: str) -> dict[str, ModuleType]:
+    """Return stand-ins for CuPy's modules; sources with the word error are refused with a log."""
+    nvrtc, cuda, cupy = ModuleType("cupy.cuda.nvrtc"), ModuleType("cupy.cuda"), ModuleType("cupy")
+    programs = []
+
+    def compile_program(program, options):
+        assert isinstance(options, tuple)
+        if "error" in programs[program]:
+            raise CuPysError("NVRTC_ERROR_COMPILATION (6)")
+
+    nvrtc.NVRTCError = CuPysError
+    nvrtc.getVersion = lambda: (13, 0)
+    nvrtc.createProgram = lambda source, name, headers, names: programs.append(source) or len(programs) - 1
+    nvrtc.compileProgram = compile_program
+    nvrtc.getCUBIN = lambda program: f"cubin of {programs[program]}".encode()
+    nvrtc.getProgramLog = lambda program: log
+    nvrtc.destroyProgram = lambda program: programs.__setitem__(program, None)
+    cuda.nvrtc, cupy.cuda = nvrtc, cuda
+    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nvrtc": nvrtc}
+
+
+def test_cupy_is_the_other_door(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    for name, module in cupy_with("line 7: expected a ;").items():
+        monkeypatch.setitem(sys.modules, name, module)
+    compilers.compiler.cache_clear()
+    try:
+        compiler = compilers.compiler()
+        assert compiler.version == "nvrtc 13.0"
+        assert compiler.compile("a", OPTIONS) == b"cubin of a"
+        with pytest.raises(CompileError, match="expected a ;"):
+            compiler.compile("an error", OPTIONS)
+    finally:
+        compilers.compiler.cache_clear()
