@@ -88,17 +88,7 @@ class QuantizedLinear(PreparedModule):
             if self._problem.bias:
                 self._allocate(self._attribute("bias", number), (segment.shape.out_features,), dense)
 
-    def process_weights_after_loading(self, device: torch.device | str = "cpu") -> None:
-        """
-        Turn the filled parameters into the kernel's layout and drop them.
-
-        Raises:
-            LoadError: `QP-LOAD-UNFILLED` when the loader left elements unwritten; the parameters stay.
-            CheckpointError: `QP-ST-…` when their values are not what the format allows; the parameters stay.
-        """
-        if self._ledger is None:
-            raise RunError("QP-RUN-STATE", self.path, "create_weights was not called")
-        self._ledger.close(self.path)
+    def _install_parameters(self, device: torch.device) -> None:
         stored: list[dict[str, torch.Tensor]] = []
         biases: list[torch.Tensor] = []
         for number, segment in enumerate(self._layer.segments):
@@ -106,9 +96,6 @@ class QuantizedLinear(PreparedModule):
             if self._problem.bias:
                 biases.append(self._parameters_named("bias", number))
         self.install(stored, biases, device=device)
-        for name in list(self._parameters):
-            del self._parameters[name]
-        self._ledger = None
 
     # -- loading -----------------------------------------------------------------------------------------------------
 

@@ -109,18 +109,7 @@ class QuantizedExperts(PreparedModule):
             whole = getattr(parameter, "weight_loader")  # noqa: B009
             setattr(parameter, "weight_loader", partial(load_expert, whole, one))  # noqa: B010
 
-    def process_weights_after_loading(self, device: torch.device | str = "cpu") -> None:
-        """
-        Turn the filled parameters into the kernel's layout and drop them.
-
-        Raises:
-            LoadError: `QP-LOAD-UNFILLED` when the loader left elements unwritten; the parameters stay.
-            CheckpointError: `QP-ST-…` when their values are not what the format allows; the parameters stay.
-        """
-        if self._ledger is None:
-            raise RunError("QP-RUN-STATE", self.path, "create_weights was not called")
-        self._ledger.close(self.path)
-
+    def _install_parameters(self, device: torch.device) -> None:
         def experts() -> Iterator[ExpertWeights]:
             return (self.decode(expert, self._filled(expert)) for expert in range(self.problem.experts))
 
@@ -128,9 +117,6 @@ class QuantizedExperts(PreparedModule):
             for _ in experts():
                 pass  # all of them are right before one is overwritten
         self.install(experts(), device=device)
-        for name in list(self._parameters):
-            del self._parameters[name]
-        self._ledger = None
 
     def _filled(self, expert: int) -> list[dict[str, torch.Tensor]]:
         """Return one expert's stored tensors out of the parameters."""

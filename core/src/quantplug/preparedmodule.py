@@ -60,6 +60,27 @@ class PreparedModule(torch.nn.Module):
         """Number of weights and biases, as a dense module of its size would have them."""
         raise NotImplementedError
 
+    def process_weights_after_loading(self, device: torch.device | str = "cpu") -> None:
+        """
+        Turn the parameters that `create_weights` allocated, and a framework's loader filled, into the kernel's layout.
+
+        Raises:
+            RunError: `QP-RUN-STATE` when `create_weights` was not called.
+            LoadError: `QP-LOAD-UNFILLED` when the loader left elements unwritten; the parameters stay.
+            CheckpointError: `QP-ST-…` when their values are not what the format allows; the parameters stay.
+        """
+        if self._ledger is None:
+            raise RunError("QP-RUN-STATE", self.path, "create_weights was not called")
+        self._ledger.close(self.path)
+        self._install_parameters(torch.device(device))
+        for name in list(self._parameters):
+            del self._parameters[name]
+        self._ledger = None
+
+    def _install_parameters(self, device: torch.device) -> None:
+        """Decode and prepare the filled parameters."""
+        raise NotImplementedError
+
     def _allocate(
         self,
         name: str,
