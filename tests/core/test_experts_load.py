@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from toy_checkpoints import toy_registry
 from toy_experts import HIDDEN, container, dense_moe, expected, toy_moe, write_moe
 
-from quantplug.convert import convert
+from quantplug.convert import Calibration, convert
 from quantplug.entries import path_entries
 from quantplug.errors import CheckpointError, ConfigError, LoadError, QuantplugError, RunError
+from quantplug.hooks import hookimpl
+from quantplug.host import Host
 from quantplug.ledger import Ledger
 from quantplug.load import load_layers
 from quantplug.moemodules import QuantizedExperts
@@ -187,6 +190,26 @@ def test_dense_experts_are_quantized_on_load_and_by_convert_alike(tmp_path: Path
     with pytest.raises(ConfigError, match=r"3 of its 12 projections are to be skipped"):
         convert(directory, tmp_path / "some", scheme="toy", params={}, skip=skip, registry=REGISTRY)
     assert not (tmp_path / "some").exists()
+
+
+class Reader(Host):
+    """A framework that follows a text through no layer of experts."""
+
+    name = "reader"
+
+    def load(self, *arguments: object, **keywords: object):
+        raise NotImplementedError
+
+    def calibrate(self, source: Path, text: str, *, tokens: int, window: int):
+        return iter(())
+
+
+def test_a_conversion_says_how_many_layers_no_text_reached(tmp_path: Path) -> None:
+    registry = toy_registry(reader=SimpleNamespace(quantplug_hosts=hookimpl(lambda: [Reader()])))
+    directory = write_moe(tmp_path / "dense", dense_moe(), quantized=False)
+    out = {"scheme": "toy", "params": {}, "registry": registry}
+    assert convert(directory, tmp_path / "plain", **out).rounded == 0
+    assert convert(directory, tmp_path / "text", calibration=Calibration("words"), **out).rounded == 24
 
 
 def test_a_framework_fills_stacked_parameters_and_nothing_may_be_left_out(tmp_path: Path) -> None:

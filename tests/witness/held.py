@@ -57,7 +57,7 @@ REFUSED = {
     "moe-hf-qwen3-fp8-block128-ue8m0": ("QP-ST-MISSING", SPLIT),
     "moe-hf-qwen3-fp8-tensor": ("QP-ST-MISSING", SPLIT),
     "moe-mo-gpt-oss-mxfp4-wo": ("QP-ST-SHAPE", "its experts are grouped along their outputs"),
-    "mo-int8-smoothquant": ("QP-CFG-REFUSED", "inputs are multiplied by a stored scale"),
+    "mo-int8-smoothquant": ("QP-ST-EXTRA", "inputs are multiplied by a stored scale"),
     "small-hf-mixtral-fp8-block32": ("QP-ST-MISSING", SPLIT),
 }
 """Checkpoints that must be refused: the code, and what is wrong with them."""

@@ -77,6 +77,7 @@ class ConvertReport:
         source_bytes: tensor bytes of the source.
         written_bytes: size of the weights file written.
         seconds: wall time.
+        rounded: quantized layers that a calibration text was given for and did not reach (those of experts).
     """
 
     quantized: Mapping[str, int]
@@ -84,6 +85,7 @@ class ConvertReport:
     source_bytes: int
     written_bytes: int
     seconds: float
+    rounded: int = 0
 
 
 def convert(
@@ -160,13 +162,14 @@ def convert(
             TensorReader(checkpoint) as reader,
             TensorFileWriter(staged.path / _WEIGHTS, outputs, {"format": "pt"}) as writer,
         ):
-            _write_all(jobs, reader, writer, _blocks(directory, calibration, registry), progress)
+            waiting = _write_all(jobs, reader, writer, _blocks(directory, calibration, registry), progress)
     return ConvertReport(
         dict(Counter(job.scheme.describe() for job in jobs if job.scheme is not None)),
         dense,
         sum(header.nbytes for header in checkpoint.tensors.values()),
         writer.size,
         time.perf_counter() - started,
+        waiting if calibration is not None else 0,
     )
 
 
@@ -176,8 +179,13 @@ def _write_all(
     writer: TensorFileWriter,
     blocks: Iterator[CalibrationBlock],
     progress: Progress | None,
-) -> None:
-    """Do the calibrated layers in the order the host brings them, then everything else in file order."""
+) -> int:
+    """
+    Do the calibrated layers in the order the host brings them, then everything else in file order.
+
+    Returns:
+        How many layers were quantized that the host did not bring.
+    """
     total, done = sum(job.nbytes for job in jobs), 0
     waiting = {job.module: job for job in jobs if job.scheme is not None}
     for block in blocks:
@@ -196,6 +204,7 @@ def _write_all(
             continue
         done += job.nbytes
         tell(progress, "convert", done, total)
+    return len(waiting)
 
 
 def _stored_as(module: ModuleInfo) -> tuple[str, ...]:

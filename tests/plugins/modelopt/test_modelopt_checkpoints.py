@@ -64,8 +64,9 @@ def layer(algo):
         stored = {"weight": codes(torch.float8_e4m3fn, N, K), "weight_scale": scales(N // 128, 1, K // 128, 1)}
         blocks = as_float64(stored["weight_scale"]).reshape(N // 128, K // 128)
         return stored, as_float64(stored["weight"]) * blocks.repeat(128, 0).repeat(128, 1)
-    if algo == "W8A16":
+    if algo in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
         stored = {"weight": codes(torch.int8, N, K), "weight_scale": scales(N)}
+        stored |= {"input_scale": one} if algo.startswith("W8A8") else {}
         return stored, as_float64(stored["weight"]) * as_float64(stored["weight_scale"])[:, None]
     if algo == "MXFP8":
         powers = torch.randint(110, 130, (N, K // 32), generator=GENERATOR, dtype=torch.uint8)
@@ -74,7 +75,6 @@ def layer(algo):
     if "MXFP4" in algo:
         powers = torch.randint(110, 130, (N, K // 32), generator=GENERATOR, dtype=torch.uint8)
         stored = {"weight": codes(torch.uint8, N, K // 2), "weight_scale": powers}
-        stored |= {"input_scale": one} if algo.startswith("W4A8") else {}
         return stored, nibbles(stored["weight"]) * (2.0 ** (as_float64(powers) - 127)).repeat(32, 1)
     group = (torch.rand(N, K // 16, generator=GENERATOR) * 400 + 1).to(torch.float8_e4m3fn)
     stored = {"weight": codes(torch.uint8, N, K // 2), "weight_scale": group, "weight_scale_2": scales()[()] * 0.01}
@@ -86,7 +86,7 @@ def layer(algo):
 
 ALGORITHMS = (
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "W8A16", "MXFP8", "MXFP4", "W4A8_MXFP4_FP8", "NVFP4",
-    "W4A16_NVFP4", "W4A8_NVFP4_FP8",
+    "W4A16_NVFP4", "W4A8_NVFP4_FP8", "W8A8_SQ_PER_CHANNEL",
 )  # fmt: skip
 
 
@@ -124,6 +124,15 @@ def test_every_layout_decodes_to_the_values_of_an_independent_reading(tmp_path, 
     # One product of two float32 numbers, rounded once: half a unit in the last place.
     np.testing.assert_allclose(found[PATHS[0]].numpy(), want, rtol=2**-24, atol=2**-150)
     assert not plan.layer("lm_head").quantized
+
+
+def test_inputs_that_a_stored_scale_multiplies_are_not_passed_over(tmp_path):
+    stored, _ = layer("W8A8_SQ_PER_CHANNEL")
+    stored["pre_quant_scale"] = torch.ones(K, dtype=torch.bfloat16)
+    directory = write(tmp_path, {PATHS[0]: stored}, {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"})
+    with pytest.raises(CheckpointError, match="pre_quant_scale") as raised:
+        quantplug.plan(directory, platform="cpu", probe=False)
+    assert raised.value.code == "QP-ST-EXTRA"
 
 
 def test_a_mixed_file_decodes_each_layer_by_its_own_algorithm(tmp_path):

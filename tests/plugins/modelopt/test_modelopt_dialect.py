@@ -105,7 +105,7 @@ def refused(fields, code, text):
         ("NVFP4", "nvfp4", W4A4),
         ("W4A16_NVFP4", "nvfp4", {**NVFP4, "activation": "none"}),
         ("W4A8_NVFP4_FP8", "nvfp4", {**NVFP4, "activation": "float8_e4m3fn/tensor/static"}),
-        ("W4A8_MXFP4_FP8", "mxfp4", {**MXFP4, "activation": "float8_e4m3fn/tensor/static"}),
+        ("W4A8_MXFP4_FP8", "mxfp4", {**MXFP4, "activation": "float8_e4m3fn/tensor/dynamic"}),
         ("mxfp4", "mxfp4", {**MXFP4, "activation": "none"}),
         (
             "MXFP8",
@@ -113,6 +113,7 @@ def refused(fields, code, text):
             {"scale_name": "weight_scale", "activation": "float8_e4m3fn/group32/dynamic/float8_e8m0fnu"},
         ),
         ("W8A16", "int8", {"strategy": "channel", "activation": "none"}),
+        ("W8A8_SQ_PER_CHANNEL", "int8", {"strategy": "channel", "activation": "int8/tensor/static"}),
     ],
 )
 def test_every_algorithm_that_is_read_names_its_scheme(algo, scheme, params):
@@ -128,7 +129,6 @@ def test_every_algorithm_that_is_read_names_its_scheme(algo, scheme, params):
         ("W4A8_AWQ", "rounded to FP8 in between"),
         ("NVFP4_AWQ", "pre_quant_scale"),
         ("NVFP4_SVD", "a low-rank product of the inputs is added"),
-        ("W8A8_SQ_PER_CHANNEL", "pre_quant_scale"),
         ("INT8_SQ", "pre_quant_scale"),
         ("fp8_pb_real", "not stated anywhere"),
         ("FP8_BLOCK_SCALES", "weight_scale_inv"),

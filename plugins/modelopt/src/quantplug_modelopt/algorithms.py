@@ -21,6 +21,7 @@ MIXED = "MIXED_PRECISION"
 """The algorithm of a file whose layers differ; `quantized_layers` lists them."""
 
 _STATIC = "float8_e4m3fn/tensor/static"
+_DYNAMIC = "float8_e4m3fn/tensor/dynamic"
 _NVFP4_ACTIVATION = "float4_e2m1fn/group16/dynamic/float8_e4m3fn+global"
 _MXFP8_ACTIVATION = "float8_e4m3fn/group32/dynamic/float8_e8m0fnu"
 
@@ -75,9 +76,11 @@ ALGORITHMS = {
     "NVFP4": _nvfp4(_NVFP4_ACTIVATION),
     "W4A16_NVFP4": _nvfp4("none"),
     "W4A8_NVFP4_FP8": _nvfp4(_STATIC),
-    "W4A8_MXFP4_FP8": _mxfp4(_STATIC),
+    "W4A8_MXFP4_FP8": _mxfp4(_DYNAMIC),  # ModelOpt 0.47 calibrates nothing here, and stores no input_scale
     "MXFP4": _mxfp4("none"),
     "MXFP8": Algorithm(_scheme("mxfp8", scale_name="weight_scale", activation=_MXFP8_ACTIVATION), 8, "float", 32),
+    # Plain INT8 goes by SmoothQuant's name; in a file that stores a pre_quant_scale, nobody claims that tensor.
+    "W8A8_SQ_PER_CHANNEL": Algorithm(_scheme("int8", strategy="channel", activation="int8/tensor/static"), 8, "int"),
     "W8A16": Algorithm(_scheme("int8", strategy="channel", activation="none"), 8, "int"),
 }
 """By name in upper case (ModelOpt writes some in lower case)."""
@@ -89,7 +92,6 @@ _REFUSED = {
     "INT4_AWQ": _PACKED_ALONG_N,
     "W4A8_AWQ": _PACKED_ALONG_N + "; codes are rounded to FP8 in between",
     "NVFP4_AWQ": _PRESCALED,
-    "W8A8_SQ_PER_CHANNEL": _PRESCALED,
     "INT8_SQ": _PRESCALED,
     "NVFP4_SVD": "a low-rank product of the inputs is added, and " + _PRESCALED,
     "FP8_PB_REAL": "whether activations are quantized, and in which blocks, is not stated anywhere",

@@ -93,6 +93,8 @@ def convert(
 
     for words, count in report.quantized.items():
         typer.echo(f"{count} layers: {words}")
+    if report.rounded:
+        typer.echo(f"{report.rounded} of them rounded without the text: it is not followed into experts")
     typer.echo(
         f"{len(report.dense)} linear layers left whole{': ' + ', '.join(report.dense[:3]) if report.dense else ''}"
     )
