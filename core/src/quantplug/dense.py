@@ -26,8 +26,11 @@ SUFFIX = ".dense"
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-_OPERATORS_BYTES = 40
-"""Bytes that dequantizing one weight with one torch operator after another moves, as in the `reference` kernel."""
+_OPERATORS_US, _OPERATORS_BYTES = 60.0, 40
+"""
+What dequantizing with one torch operator after another takes: about a dozen calls, and bytes that it moves for each
+weight, as in the `reference` kernel.
+"""
 
 # A call, bytes per microsecond of memory, and products of a weight and a row per microsecond: the size of what machines
 # of a kind reach, to be corrected by measuring. By compute capability on GPUs.
@@ -86,7 +89,7 @@ class DenseProduct(LinearKernel):
         rates = _rates(problem.dtype, platform)
         dequantize_us = verdict.dequantize_us
         if dequantize_us is None:
-            dequantize_us = weights * _OPERATORS_BYTES / rates.bytes_per_us
+            dequantize_us = _OPERATORS_US + weights * _OPERATORS_BYTES / rates.bytes_per_us
         casts = [cast for cast in verdict.casts if cast.what in ("scales", "zeros")]
         if problem.dtype != "float32":
             casts.append(Cast("weights", problem.dtype))
