@@ -134,6 +134,15 @@ def without_scales(checkpoint: Path, planned: Plan) -> NextN:
     return draft.eval()
 
 
+def test_a_saved_target_still_has_its_draft(checkpoint: Path, target: torch.nn.Module, tmp_path: Path) -> None:
+    target.save_pretrained(tmp_path)
+    stored, saved = (load_file(directory / "model.safetensors") for directory in (checkpoint, tmp_path))
+    assert saved.keys() == stored.keys()
+    layer = [name for name in stored if name.startswith(f"{PREFIX}.")]
+    assert layer
+    assert all(torch.equal(saved[name], stored[name]) for name in layer)
+
+
 def test_the_target_predicts_a_fixed_successor(target: torch.nn.Module) -> None:
     """What makes the figures above mean something: the tokens are not all the same."""
     ids = torch.arange(8)[:, None]

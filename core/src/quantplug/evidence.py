@@ -27,6 +27,8 @@ DENSE_DTYPES = ("bfloat16", "float16", "float32")
 """What the `weight` of a layer that stayed whole may be."""
 _CODE_DTYPES = ("int8", "uint8", "int32", "uint32")
 _CODE_NAMES = (DENSE_SUFFIX, "_proj", "_blocks", "_packed", "_scale", "_scales", "_zero_point", "qweight", "qzeros")
+NOT_RUN = "not run by the model class"
+"""Why tensors are left that an engine has no module for, on purpose."""
 # Values that every engine computes anew from the configuration; old exporters stored them all the same.
 _DERIVED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attention.masked_bias")
 
@@ -176,7 +178,7 @@ class StoredModules:
             if owner:
                 left.setdefault(f"stale copy: tied to {owner}", []).append(name)
             elif name in unused:
-                left.setdefault("not run by the model class", []).append(name)
+                left.setdefault(NOT_RUN, []).append(name)
             elif name.endswith(_DERIVED_SUFFIXES):
                 left.setdefault("derived buffer: computed from the configuration", []).append(name)
             else:

@@ -17,6 +17,7 @@ from quantplug_transformers.overrides import override_methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -79,24 +80,30 @@ class Installation:
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
             parameter.requires_grad_(False)
         override_methods(model)
-        attach(model, request.plan, loaded)
+        attach(model, request.plan, request.directory, loaded)
 
 
-def attach(model: PreTrainedModel, plan: Plan, loaded: LoadedLayers) -> None:
+def attach(model: PreTrainedModel, plan: Plan, source: Path, loaded: LoadedLayers) -> None:
     """
-    Leave the plan, the account of the load, and what was handed over on the model.
+    Leave the plan, the account of the load, the checkpoint's place, and what was handed over on the model.
 
-    They are `quantplug_plan`, `quantplug_report`, and `quantplug_kv_scales`: Transformers keeps the cache of keys and
-    values in the model's dtype, so that nothing here uses those scales.
+    They are `quantplug_plan`, `quantplug_report`, `quantplug_source`, and `quantplug_kv_scales`: Transformers keeps the
+    cache of keys and values in the model's dtype, so that nothing here uses those scales.
     """
     setattr(model, "quantplug_plan", plan)  # noqa: B010  # a PreTrainedModel declares no such attribute
     setattr(model, "quantplug_report", loaded.report)  # noqa: B010
+    setattr(model, "quantplug_source", source)  # noqa: B010
     setattr(model, "quantplug_kv_scales", loaded.kv_scales)  # noqa: B010
 
 
 def plan_of(model: PreTrainedModel) -> Plan:
     """Return the plan a model was loaded by."""
     return cast("Plan", model.quantplug_plan)
+
+
+def source_of(model: PreTrainedModel) -> Path:
+    """Return the directory a model was loaded from."""
+    return cast("Path", model.quantplug_source)
 
 
 def kv_scales_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ def from_pretrained(
         config.quantization_config = {"quant_method": METHOD, "source": dict(request.section), "request": request}
     loaded = _load(builder, config, request, device_map, unused)
     if not request.section:
-        attach(loaded, request.plan, load_layers(request.plan, directory, registry=request.registry))
+        attach(loaded, request.plan, directory, load_layers(request.plan, directory, registry=request.registry))
     return loaded
 
 

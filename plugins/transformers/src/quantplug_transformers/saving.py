@@ -9,25 +9,31 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from quantplug.checkpoint import open_checkpoint
+from quantplug.errors import CheckpointError, LoadError
+from quantplug.evidence import NOT_RUN
 from quantplug.modules import QuantizedLinear
 from quantplug.moemodules import QuantizedExperts
+from quantplug.reader import TensorReader
 from quantplug.writeback import stored_tensors
 from quantplug_transformers.experts import container_of
-from quantplug_transformers.install import kv_scales_of, plan_of
+from quantplug_transformers.install import kv_scales_of, plan_of, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from quantplug.plan import LayerPlan
+    from quantplug.plan import LayerPlan, Plan
 
 
 def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     Return the model's tensors as a checkpoint holds them, by the model's names: quantized layers bit for bit.
 
-    Transformers turns the model's names into stored ones where they differ.
+    Transformers turns the model's names into stored ones where they differ. What the checkpoint holds and the model
+    class does not run, such as a layer that drafts, is written again as it lies there.
 
     Raises:
         LoadError: `QP-LOAD-SOURCE` when the bytes of a layer are gone.
@@ -43,7 +49,21 @@ def state_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = dict(model.state_dict())
     for name, tensor in stored_tensors(layers):
         state[_in_model(name, own_path)] = tensor
-    return state | kv_scales_of(model)
+    return state | kv_scales_of(model) | _not_run(plan, source_of(model))
+
+
+def _not_run(plan: Plan, source: Path) -> dict[str, torch.Tensor]:
+    names = [name for left in plan.left if left.reason == NOT_RUN for name in left.names]
+    if not names:
+        return {}
+    try:
+        with TensorReader(open_checkpoint(source)) as reader:
+            return {name: reader.read(name) for name in names}
+    except CheckpointError as gone:
+        raise LoadError(
+            "QP-LOAD-SOURCE", str(source), f"{gone.where}: {gone.what}; {len(names)} of its tensors are in no module",
+            expected="the checkpoint as it was loaded", fix="Keep the directory where it was until the model is saved.",
+        ) from gone  # fmt: skip
 
 
 def _place(model: PreTrainedModel, layer: LayerPlan) -> str:
