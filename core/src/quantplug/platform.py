@@ -25,8 +25,8 @@ class Platform:
         features: named abilities ("avx512_bf16"); empty when not known, so a kernel must not require one to accept.
         memory: bytes of device memory, or None when not known; never part of a plan's hash.
         versions: (name, version) of what runs there ("torch", "2.13.0"), sorted; empty for a parsed platform.
-        device: what the machine at hand calls itself ("NVIDIA H100 80GB HBM3"), which measured times are kept by; "" for
-            a parsed platform.
+        device: what the machine at hand calls itself ("NVIDIA H100 80GB HBM3"), which measured times are kept by; ""
+            for a parsed platform.
     """
 
     kind: str

@@ -14,12 +14,12 @@ from quantplug.inventory import Inventory, ModuleInfo
 from quantplug.ledger import Ledger
 from quantplug.lint import lint
 from quantplug.load import load_layers
-from quantplug.writeback import stored_tensors
 from quantplug.modules import QuantizedLinear
 from quantplug.plan import Plan
 from quantplug.planner import plan
 from quantplug.schemes import SchemeCache
 from quantplug.spec import ActivationSpec, ElementType
+from quantplug.writeback import stored_tensors
 
 BLOCK = {"strategy": "block", "block_n": 16, "block_k": 16}
 STATIC = "float8_e4m3fn/tensor/static"
