@@ -143,3 +143,5 @@ def test_asking_for_nothing_or_for_what_is_not_there_is_an_error():
     with pytest.raises(PluginError) as unknown:
         cases_of_recipes(["int5"], [(48, 32)], "bfloat16", registry)
     assert unknown.value.code == "QP-PLUG-MISSING"
+    with pytest.raises(PlanError, match="'int8' is not an activation dtype"):
+        cases_of_recipes(["toy"], [(48, 32)], "int8", registry)

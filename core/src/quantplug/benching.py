@@ -14,6 +14,7 @@ from quantplug.benchreport import DENSE, BenchReport, Failure, Point
 from quantplug.detect import detect
 from quantplug.errors import PlanError, PluginError
 from quantplug.kernel import Accepted
+from quantplug.planner import activation_dtype
 from quantplug.planner import plan as make_plan
 from quantplug.plugins import registry as installed
 from quantplug.schemes import SchemeCache
@@ -72,8 +73,9 @@ def cases_of_recipes(
 
     Raises:
         PluginError: `QP-PLUG-MISSING` when nobody offers a recipe of that name.
-        ConfigError: `QP-CFG-FIELD` when its format cannot describe a layer of that shape.
+        PlanError: `QP-PLAN-POLICY` when the dtype is none that x can have.
     """
+    dtype = activation_dtype(dtype, {})
     registry = installed() if registry is None else registry
     schemes = SchemeCache(registry)
     found: list[Case] = []

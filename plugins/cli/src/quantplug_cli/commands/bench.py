@@ -29,7 +29,7 @@ _SECONDS, _QUICK_SECONDS = 0.2, 0.05
 _NOISE = 0.03
 
 OptionalCheckpoint = Annotated[
-    str | None, typer.Argument(metavar="[CKPT]", help="Measure the distinct layers of a checkpoint, not --format.")
+    str | None, typer.Argument(metavar="CKPT", help="Measure the distinct layers of a checkpoint, not --format.")
 ]
 Shapes = Annotated[
     list[str] | None, typer.Option("--shape", metavar="NxK", help="Size of a layer (repeatable). Default: 4096x4096.")
