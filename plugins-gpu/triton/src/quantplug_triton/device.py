@@ -56,41 +56,36 @@ def _scaled(product, scale):
 
 
 @triton.jit
-def multiply(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, columns_ptr, factor_ptr, bias_ptr, y_ptr,
-    M, N, K, chunks, chunks_per_split, groups, per_group, rows_per_scale, scale_columns,
-    stride_xm, stride_xk, stride_ym, stride_split,
-    KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, ONE_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
+def sums(
+    x_rows, present, stride_xk, K, codes_ptr, scales_ptr, zeros_ptr, columns_ptr, outputs, N, chunks, first, last,
+    groups, per_group, rows_per_scale, scale_columns,
+    KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    EXACT: tl.constexpr, ONE_GROUP: tl.constexpr, TURNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """
-    Compute a tile of `x [M, K] @ W^T`, or one share of it (`stride_split` apart), see `prepare.py` for the tensors.
+    Return a tile of `x [M, K] @ W^T` in float32, over the chunks from `first` to `last`, see `prepare.py`.
 
-    Args other than tensors: sizes, `chunks` in all and per share, and how groups and rows share scales. With `EXACT`
-    tiles are multiplied in float32.
+    Args other than tensors and their sizes: pointers to the rows of x `[BLOCK_M]` and whether each is there; the
+    outputs of the tile `[BLOCK_N]`; how groups and rows share scales. With `EXACT` tiles are multiplied in float32.
+    Where rows of several projections take `TURNS`, so do their scales.
     """
     FIELDS: tl.constexpr = 8 // BITS
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    share = tl.program_id(2)
     places = tl.arange(0, CHUNK)
-    dtype: tl.constexpr = tl.float32 if EXACT else x_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float32 if EXACT else x_rows.dtype.element_ty
 
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
     # 64 rows of the weight lie side by side; below them the bytes of all slots follow each other.
     byte_rows = (chunks // FIELDS) * CHUNK
     tile = (outputs // TILE_ROWS).to(tl.int64) * byte_rows * TILE_ROWS + outputs % TILE_ROWS
     code_ptrs = codes_ptr + tile[None, :] + places[:, None] * TILE_ROWS
-    scale_ptrs = scales_ptr + outputs // rows_per_scale
+    shared = outputs // rows_per_scale if TURNS == 1 else outputs // TURNS // rows_per_scale * TURNS + outputs % TURNS
+    scale_ptrs = scales_ptr + shared
     zero_ptrs = scale_ptrs
     if KIND == 0:
-        zero_ptrs = zeros_ptr + outputs // rows_per_scale
+        zero_ptrs = zeros_ptr + shared
     inside = outputs < N
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = share * chunks_per_split
-    last = tl.minimum(first + chunks_per_split, chunks)
     for chunk in range(first, last, FIELDS):
         octets = tl.load(code_ptrs + (chunk // FIELDS) * CHUNK * TILE_ROWS)
         # Chunks that only fill the last byte up belong to no group; their x is 0.
@@ -114,8 +109,9 @@ def multiply(
                 inputs = slots
                 taken = slots < K
             x = tl.load(
-                x_rows + inputs.to(tl.int64)[None, :] * stride_xk, mask=(rows < M)[:, None] & taken[None, :], other=0.0
-            )
+                x_rows[:, None] + inputs.to(tl.int64)[None, :] * stride_xk,
+                mask=present[:, None] & taken[None, :], other=0.0,
+            )  # fmt: skip
             code = (octets >> (BITS * field)) & ((1 << BITS) - 1)
             values = _decode(code, zero[None, :], KIND, BITS, MIDDLE, dtype)
             if EXACT:
@@ -125,6 +121,34 @@ def multiply(
             if field == FIELDS - 1 or not ONE_GROUP:
                 total += _scaled(product, scale)
                 product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return total
+
+
+@triton.jit
+def multiply(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, columns_ptr, factor_ptr, bias_ptr, y_ptr,
+    M, N, K, chunks, chunks_per_split, groups, per_group, rows_per_scale, scale_columns,
+    stride_xm, stride_xk, stride_ym, stride_split,
+    KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, ONE_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """
+    Compute a tile of `x [M, K] @ W^T`, or one share of it (`stride_split` apart), see `prepare.py` for the tensors.
+
+    Args other than tensors: sizes, `chunks` in all and per share, and how groups and rows share scales, see `sums`.
+    """
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    share = tl.program_id(2)
+    inside = outputs < N
+    first = share * chunks_per_split
+    last = tl.minimum(first + chunks_per_split, chunks)
+    total = sums(
+        x_ptr + rows.to(tl.int64) * stride_xm, rows < M, stride_xk, K, codes_ptr, scales_ptr, zeros_ptr, columns_ptr,
+        outputs, N, chunks, first, last, groups, per_group, rows_per_scale, scale_columns,
+        KIND, BITS, MIDDLE, CHUNK, COLUMNS, EXACT, ONE_GROUP, 1, BLOCK_M, BLOCK_N, TILE_ROWS,
+    )  # fmt: skip
 
     keep = (rows < M)[:, None] & inside[None, :]
     y_ptrs = y_ptr + share.to(tl.int64) * stride_split + rows.to(tl.int64)[:, None] * stride_ym + outputs[None, :]

@@ -13,7 +13,7 @@ from quantplug_triton.slots import arrange, group_sizes
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
-    from quantplug.spec import LinearProblem, SegmentSpec
+    from quantplug.spec import LinearProblem, SegmentSpec, WeightSpec
     from quantplug_triton.slots import Slots
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -39,7 +39,7 @@ _MOST_SLOTS = 4
 # One H100: bytes per microsecond of a stream of weights, products of a weight and a row per microsecond, and a launch.
 _BYTES_PER_US = 1.8e6
 _PRODUCTS_PER_US = 1.5e8
-_LAUNCH_US = 6.0
+LAUNCH_US = 6.0
 
 
 def field_bits(element: ElementType) -> int:
@@ -58,12 +58,12 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     if slots.count > _MOST_SLOTS * k + 2 * slots.chunk * slots.fields:
         size = max(group_sizes(weight.granularity, k))
         return Rejected("granularity", f"groups of {size} inputs would be filled up to {slots.chunk}", "groups of 16")
-    held, entitled = _bytes_of(problem, slots), _entitled_bytes(problem)
+    held, entitled = _bytes_of(problem, slots), entitled_bytes(problem)
     notes = ["x is gathered in the order of groups"] if weight.act_order else []
     if slots.count > k + slots.chunk * slots.fields:
         notes.append(f"empty slots: {k} inputs are laid out as {slots.count}")
     return Accepted(
-        Cost(_LAUNCH_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
+        Cost(LAUNCH_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
         extra_bytes=max(0, held - entitled),
         notes=tuple(notes),
     )
@@ -76,12 +76,22 @@ def parts(problem: LinearProblem) -> list[list[SegmentSpec]]:
     return [[segment] for segment in problem.segments] if apart else [list(problem.segments)]
 
 
+def scale_bytes(weight: WeightSpec) -> int:
+    """Return the bytes of a scale as it is held, and of its zero point."""
+    return _BYTES[HELD_SCALES[weight.scale_dtype]] + weight.zero_points
+
+
+def is_moved(weight: WeightSpec, slots: Slots, inputs: int) -> bool:
+    """Whether inputs have an order of their own, or groups are filled up."""
+    size = max(group_sizes(weight.granularity, inputs))
+    return weight.act_order or (slots.groups > 1 and slots.chunk * slots.per_group != size)
+
+
 def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
     """Return the bytes of what `prepare` yields; act-order is taken to fill every group equally."""
     weight, k = problem.segments[0].weight, problem.in_features
-    size = max(group_sizes(weight.granularity, k))
-    moved = weight.act_order or (slots.groups > 1 and slots.chunk * slots.per_group != size)
-    per_scale = _BYTES[HELD_SCALES[weight.scale_dtype]] + weight.zero_points
+    moved = is_moved(weight, slots, k)
+    per_scale = scale_bytes(weight)
     total = 0
     for part in parts(problem):
         rows = sum(segment.out_features for segment in part)
@@ -92,7 +102,7 @@ def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
     return total
 
 
-def _entitled_bytes(problem: LinearProblem) -> int:
+def entitled_bytes(problem: LinearProblem) -> int:
     """Return the bytes of codes, scales and zero points at the width that the file has them in."""
     total = 0
     for segment in problem.segments:

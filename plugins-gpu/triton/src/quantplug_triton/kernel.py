@@ -60,7 +60,7 @@ class TritonKernel(LinearKernel):
         import torch
 
         from quantplug_triton.launch import linear
-        from quantplug_triton.prepare import kind_of
+        from quantplug_triton.prepare import kind_of, middle_of
 
         element = prepared.problem.segments[0].weight.element
         kind, meta, tensors = kind_of(element), prepared.meta, prepared.tensors
@@ -80,7 +80,7 @@ class TritonKernel(LinearKernel):
                     rows,
                     kind,
                     field_bits(element),
-                    1 << (element.bits - 1) if kind == 1 else 0,
+                    middle_of(element),
                     meta[f"chunk.{number}"],
                     meta[f"per_group.{number}"],
                     meta[f"rows_per_scale.{number}"],

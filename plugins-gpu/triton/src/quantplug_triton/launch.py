@@ -17,16 +17,16 @@ from quantplug_triton.fit import TILE_ROWS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = triton.knobs.runtime.interpret
 """
 Triton's interpreter multiplies bfloat16 tiles as if they were integers, and cuts off what it rounds to bfloat16.
 Products are the same in float32, and torch rounds the result.
 """
 
-_PROGRAMS = 3.5
+PROGRAMS = 3.5
 """Programs per multiprocessor that a small product is cut into, at least: enough loads under way for the memory."""
 
-_MOST_SHARES = 16
+MOST_SHARES = 16
 
 
 class Cut(NamedTuple):
@@ -52,12 +52,12 @@ def cut(rows: int, outputs: int, steps: int, processors: int) -> Cut:
     block_m = min(64, max(16, triton.next_power_of_2(max(1, rows))))
     block_n = 128 if rows > 64 and outputs >= 128 else TILE_ROWS
     tiles = triton.cdiv(max(1, rows), block_m) * triton.cdiv(outputs, block_n)
-    wanted = triton.next_power_of_2(ceil(_PROGRAMS * processors / tiles))
-    return Cut(block_m, block_n, 4, 4 if rows <= 64 else 3, max(1, min(_MOST_SHARES, steps // 2, wanted)))
+    wanted = triton.next_power_of_2(ceil(PROGRAMS * processors / tiles))
+    return Cut(block_m, block_n, 4, 4 if rows <= 64 else 3, max(1, min(MOST_SHARES, steps // 2, wanted)))
 
 
 @cache
-def _processors(index: int | None) -> int:
+def processors(index: int | None) -> int:
     """Return the multiprocessors of a device; a modest number where there is no device (the interpreter)."""
     if index is None:
         return 8
@@ -70,12 +70,12 @@ def _linear(
     outputs: int, kind: int, bits: int, middle: int, chunk: int, per_group: int, rows_per_scale: int,
 ) -> torch.Tensor:  # fmt: skip
     rows, inputs = x.shape
-    y = torch.empty(rows, outputs, dtype=torch.float32 if _INTERPRETED else x.dtype, device=x.device)
+    y = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED else x.dtype, device=x.device)
     if rows == 0:
         return y.to(x.dtype)
     fields = 8 // bits
     chunks = codes.shape[1] // chunk * fields
-    plan = cut(rows, outputs, chunks // fields, _processors(x.device.index))
+    plan = cut(rows, outputs, chunks // fields, processors(x.device.index))
     steps = triton.cdiv(chunks // fields, plan.shares)
     shares = triton.cdiv(chunks // fields, steps)
     whole = shares == 1
@@ -87,7 +87,7 @@ def _linear(
         x.stride(0), x.stride(1), outputs, rows * outputs,
         KIND=kind, BITS=bits, MIDDLE=middle, CHUNK=chunk,
         COLUMNS=columns is not None, FACTOR=whole and factor is not None, BIAS=whole and bias is not None,
-        EXACT=x.dtype == torch.float32 or _INTERPRETED, ONE_GROUP=per_group % fields == 0,
+        EXACT=x.dtype == torch.float32 or INTERPRETED, ONE_GROUP=per_group % fields == 0,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, TILE_ROWS=TILE_ROWS,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 from quantplug.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from quantplug.kernel import LinearKernel
+    from quantplug.moekernel import Kernel
 
 quantplug_api = ">=1,<2"
 
 
 @hookimpl
-def quantplug_kernels() -> list[LinearKernel]:
-    """Return the kernel for weights of any element type."""
+def quantplug_kernels() -> list[Kernel]:
+    """Return the kernel for weights of any element type, and the one for experts."""
+    from quantplug_triton.experts import TritonExperts
     from quantplug_triton.kernel import TritonKernel
 
-    return [TritonKernel()]
+    return [TritonKernel(), TritonExperts()]

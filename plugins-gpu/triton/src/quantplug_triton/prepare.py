@@ -29,7 +29,7 @@ from quantplug_triton.slots import arrange, group_sizes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from quantplug.spec import LinearProblem
+    from quantplug.spec import LinearProblem, WeightSpec
     from quantplug.weight import Weight
     from quantplug_triton.slots import Slots
 
@@ -41,12 +41,12 @@ KINDS = {
 """How the kernel decodes floating-point codes; 0 is unsigned integers, 1 signed ones."""
 
 
-def _is_rounded(weight: Weight) -> bool:
+def is_rounded(weight: Weight) -> bool:
     """Whether a reciprocal that the canonical form holds in float64 is held in float32 here."""
     return torch.float64 in (weight.scales.dtype, None if weight.global_scale is None else weight.global_scale.dtype)
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """Which input each slot takes (-1: none), and the arrangement."""
 
     inputs: torch.Tensor
@@ -58,11 +58,11 @@ def prepare(
 ) -> Prepared:
     """Return the tensors above for a layer whose segments share one contract; `out` is overwritten in place."""
     tensors: dict[str, torch.Tensor] = {}
-    meta = {"parts": 0, "rounded": int(any(_is_rounded(weight) for weight in segments))}
+    meta = {"parts": 0, "rounded": int(any(is_rounded(weight) for weight in segments))}
     for number, part in enumerate(_parts(problem, segments)):
-        order = _order(part[0])
+        order = order_of(part[0])
         rows = sum(weight.out_features for weight in part)
-        for name, tensor in _part(part, rows, order).items():
+        for name, tensor in _part(part, order).items():
             tensors[f"{name}.{number}"] = tensor.to(device)
         meta |= {
             "parts": number + 1,
@@ -70,7 +70,7 @@ def prepare(
             f"chunk.{number}": order.slots.chunk,
             f"per_group.{number}": order.slots.per_group,
             f"slots.{number}": order.slots.count,
-            f"rows_per_scale.{number}": _rows_per_scale(part, rows),
+            f"rows_per_scale.{number}": rows_per_scale(part, rows),
         }
     if out is None:
         return Prepared(layout_id, problem, tensors, meta)
@@ -85,22 +85,24 @@ def _parts(problem: LinearProblem, segments: Sequence[Weight]) -> Iterator[list[
         yield list(islice(weights, len(part)))
 
 
-def _rows_per_scale(part: Sequence[Weight], rows: int) -> int:
+def rows_per_scale(part: Sequence[Weight], rows: int) -> int:
+    """Return how many rows of a part share a column of its scales."""
     granularity = part[0].spec.granularity
     if isinstance(granularity, PerTensor) and len(part) == 1:
         return rows
     return granularity.n if isinstance(granularity, PerBlock) else 1
 
 
-def _order(weight: Weight) -> _Order:
+def order_of(weight: Weight, least: int = 0) -> Order:
+    """Return where the inputs of a weight go; with act-order, its groups are filled up to at least so many inputs."""
     fields = 8 // field_bits(weight.spec.element)
     index = weight.group_index()
     if weight.g_idx is None:
         slots = arrange(group_sizes(weight.spec.granularity, weight.in_features), fields)
         sorted_inputs = torch.arange(weight.in_features)
     else:
-        groups = weight.scales.shape[1]
-        slots = arrange(torch.bincount(index, minlength=groups).tolist(), fields)
+        sizes = torch.bincount(index, minlength=weight.scales.shape[1])
+        slots = arrange(sizes.clamp(min=least).tolist(), fields)
         sorted_inputs = torch.argsort(index, stable=True)
     # The place of an input within its group, which begins where the ones before it end.
     groups_of = index[sorted_inputs]
@@ -108,25 +110,33 @@ def _order(weight: Weight) -> _Order:
     place = torch.arange(weight.in_features) - starts[groups_of]
     inputs = torch.full((slots.count,), -1, dtype=torch.int64)
     inputs[groups_of * slots.per_group * slots.chunk + place] = sorted_inputs
-    return _Order(inputs, slots)
+    return Order(inputs, slots)
 
 
-def _part(part: Sequence[Weight], rows: int, order: _Order) -> dict[str, torch.Tensor]:
-    spec, slots, inputs = part[0].spec, order.slots, order.inputs
-    width = part[0].in_features
-    result = {"codes": _codes(part, rows, order)}
-    held = getattr(torch, HELD_SCALES[spec.scale_dtype])
-    scales = [w.scales.view(held) if held == torch.uint8 else w.scales.to(held) for w in part]
-    result["scales"] = _shared(scales, part)
+def _part(part: Sequence[Weight], order: Order) -> dict[str, torch.Tensor]:
+    spec = part[0].spec
+    result = {"codes": pack_codes([weight.codes for weight in part], spec, order)}
+    result["scales"] = _shared([held_scales(weight) for weight in part], part)
     if spec.zero_points:
         result["zeros"] = _shared([weight.zeros for weight in part if weight.zeros is not None], part)
-    in_order = torch.arange(slots.count)
-    in_order[width:] = -1
-    if not torch.equal(inputs, in_order):
-        result["columns"] = inputs.to(torch.int32)
+    if not in_order(order, part[0].in_features):
+        result["columns"] = order.inputs.to(torch.int32)
     if part[0].global_scale is not None:
         result["factor"] = part[0].global_scale.reshape(1).to(torch.float32)
     return result
+
+
+def held_scales(weight: Weight) -> torch.Tensor:
+    """Return scales in the dtype in which they are held."""
+    held: torch.dtype = getattr(torch, HELD_SCALES[weight.spec.scale_dtype])
+    return weight.scales.view(held) if held == torch.uint8 else weight.scales.to(held)
+
+
+def in_order(order: Order, inputs: int) -> bool:
+    """Whether every input stays in its place, and empty slots are at the end."""
+    expected = torch.arange(order.slots.count)
+    expected[inputs:] = -1
+    return torch.equal(order.inputs, expected)
 
 
 def _shared(tensors: Sequence[torch.Tensor], part: Sequence[Weight]) -> torch.Tensor:
@@ -136,25 +146,30 @@ def _shared(tensors: Sequence[torch.Tensor], part: Sequence[Weight]) -> torch.Te
     return torch.cat(list(tensors)).t().contiguous()
 
 
-def _codes(part: Sequence[Weight], rows: int, order: _Order) -> torch.Tensor:
-    """Return uint8 `[R / 64, S / F, 64]`."""
-    spec, slots = part[0].spec, order.slots
-    bits = field_bits(spec.element)
-    middle = 1 << (spec.element.bits - 1) if spec.element.signed and not spec.element.floating else 0
+def pack_codes(parts_of: Sequence[torch.Tensor], spec: WeightSpec, order: Order) -> torch.Tensor:
+    """Return uint8 `[R / 64, S / F, 64]` of codes `[N, K]`, one below the other."""
+    slots, bits = order.slots, field_bits(spec.element)
+    middle = middle_of(spec.element)
+    rows = sum(len(each) for each in parts_of)
     filled = -(-rows // TILE_ROWS) * TILE_ROWS
     codes = torch.zeros(slots.count, filled, dtype=torch.uint8)
     taken = order.inputs >= 0
     row = 0
-    for weight in part:
+    for each in parts_of:
         # Adding in uint8 is modulo 256, which turns two's complement into the unsigned code.
-        octets = weight.codes.view(torch.uint8).t().index_select(0, order.inputs[taken]) + middle
-        codes[taken, row : row + weight.out_features] = octets
-        row += weight.out_features
+        octets = each.view(torch.uint8).t().index_select(0, order.inputs[taken]) + middle
+        codes[taken, row : row + len(each)] = octets
+        row += len(each)
     fields = codes.view(-1, slots.fields, slots.chunk, filled)
     packed = fields[:, 0].clone()
     for number in range(1, slots.fields):
         packed |= fields[:, number] << (bits * number)
     return packed.view(-1, filled // TILE_ROWS, TILE_ROWS).transpose(0, 1).contiguous()
+
+
+def middle_of(element: ElementType) -> int:
+    """Return what is added to the codes of a signed integer."""
+    return 1 << (element.bits - 1) if element.signed and not element.floating else 0
 
 
 def kind_of(element: ElementType) -> int:

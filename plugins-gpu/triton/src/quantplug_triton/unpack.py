@@ -69,14 +69,29 @@ def _present(tensor: torch.Tensor | None) -> torch.Tensor:
 
 def _codes(prepared: Prepared, number: int) -> torch.Tensor:
     """Return the codes `[N, K]` of a part, in the order of its inputs and in their own dtype."""
-    held = prepared.tensors[f"codes.{number}"]
-    spec = prepared.problem.segments[0].weight
-    bits, chunk = field_bits(spec.element), prepared.meta[f"chunk.{number}"]
+    return unpack_codes(
+        prepared.tensors[f"codes.{number}"],
+        prepared.tensors.get(f"columns.{number}"),
+        prepared.problem.segments[0].weight.element,
+        prepared.meta[f"chunk.{number}"],
+        prepared.meta[f"rows.{number}"],
+        prepared.problem.in_features,
+    )
+
+
+def _g_idx(prepared: Prepared, number: int, columns: torch.Tensor | None) -> torch.Tensor:
+    width = prepared.meta[f"chunk.{number}"] * prepared.meta[f"per_group.{number}"]
+    return unpack_groups(columns, width, prepared.problem.in_features)
+
+
+def unpack_codes(
+    held: torch.Tensor, columns: torch.Tensor | None, element: ElementType, chunk: int, rows: int, inputs: int
+) -> torch.Tensor:
+    """Return the codes `[rows, inputs]` that are held as `[R / 64, S / F, 64]`, in their own dtype."""
+    bits = field_bits(element)
     packed = held.transpose(0, 1).reshape(-1, chunk, held.shape[0] * held.shape[2])
     fields = torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], dim=1)
-    slots = fields.reshape(-1, packed.shape[2])[:, : prepared.meta[f"rows.{number}"]]
-    columns = prepared.tensors.get(f"columns.{number}")
-    inputs = prepared.problem.in_features
+    slots = fields.reshape(-1, packed.shape[2])[:, :rows]
     if columns is None:
         codes = slots[:inputs]
     else:
@@ -84,21 +99,20 @@ def _codes(prepared: Prepared, number: int) -> torch.Tensor:
         codes = torch.empty(inputs, slots.shape[1], dtype=torch.uint8, device=held.device)
         codes[columns[taken].to(torch.int64)] = slots[taken]
     codes = codes.t()
-    if spec.element.floating:
-        fourbit = spec.element is ElementType.FLOAT4_E2M1FN
-        return codes if fourbit else codes.contiguous().view(getattr(torch, spec.element.value))
-    if spec.element.signed:
-        return (codes - (1 << (spec.element.bits - 1))).view(torch.int8)
+    if element.floating:
+        fourbit = element is ElementType.FLOAT4_E2M1FN
+        return codes if fourbit else codes.contiguous().view(getattr(torch, element.value))
+    if element.signed:
+        return (codes - (1 << (element.bits - 1))).view(torch.int8)
     return codes
 
 
-def _g_idx(prepared: Prepared, number: int, columns: torch.Tensor | None) -> torch.Tensor:
-    """Return int32 `[K]`, the group of each input."""
-    width = prepared.meta[f"chunk.{number}"] * prepared.meta[f"per_group.{number}"]
+def unpack_groups(columns: torch.Tensor | None, width: int, inputs: int) -> torch.Tensor:
+    """Return int32 `[inputs]`, the group of each input, for groups that are filled up to `width` slots."""
     if columns is None:
-        return torch.arange(prepared.problem.in_features, dtype=torch.int32) // width
+        return torch.arange(inputs, dtype=torch.int32) // width
     taken = columns >= 0
-    g_idx = torch.empty(prepared.problem.in_features, dtype=torch.int32, device=columns.device)
+    g_idx = torch.empty(inputs, dtype=torch.int32, device=columns.device)
     places = torch.arange(columns.shape[0], device=columns.device) // width
     g_idx[columns[taken].to(torch.int64)] = places[taken].to(torch.int32)
     return g_idx
