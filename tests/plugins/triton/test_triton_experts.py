@@ -23,6 +23,8 @@ from quantplug_testkit.conformance.experts.routing import scatter
 from quantplug_triton.experts import TritonExperts
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
+from quantplug_triton.expertlaunch import cut  # needs triton
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton compiles for the GPU here: see tests/device", allow_module_level=True)
 
@@ -121,6 +123,25 @@ def test_the_compiler_sees_one_operator():
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, routing.weights, routing.ids), case.apply(x, routing))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("experts", [1, 5, 128])
+def test_there_are_blocks_enough_for_any_routing(experts, wide):
+    generator = torch.Generator().manual_seed(experts)
+    for choices in (1, 8, 129, 5000):
+        plan = cut(choices, experts, 2048, 12, 132, wide=wide)
+        for most in (1, 2, experts):
+            ids = torch.randint(0, min(most, experts), (choices,), generator=generator)
+            needed = -(-torch.bincount(ids) // plan.block_m)
+            assert int(needed.sum()) <= plan.blocks
+        assert plan.blocks <= min(choices, experts) + choices // plan.block_m
+
+
+def test_few_rows_share_the_work_of_the_second_product_as_some_layers_of_the_catalogue_do():
+    problem = FAMILIES["tiles-nvfp4"].problem
+    assert cut(problem.top_k, problem.experts, problem.hidden, problem.intermediate // 32, 8, wide=False).shares == 2
+    assert cut(problem.top_k * 600, problem.experts, problem.hidden, 4, 8, wide=False).shares == 1
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -44,7 +44,7 @@ class Cut(NamedTuple):
     blocks: int
 
 
-def cut(choices: int, experts: int, outputs: int, steps: int, multiprocessors: int) -> Cut:
+def cut(choices: int, experts: int, outputs: int, steps: int, multiprocessors: int, *, wide: bool) -> Cut:
     """
     Return how a call is cut.
 
@@ -54,13 +54,15 @@ def cut(choices: int, experts: int, outputs: int, steps: int, multiprocessors: i
         outputs: H, of the second product.
         steps: of the second product's loop over chunks.
         multiprocessors: of the device.
+        wide: whether x is float32, of which large tiles do not fit into the shared memory of every device.
     """
-    block_m = min(64, max(16, triton.next_power_of_2(ceil(_CROWDED * choices / experts))))
+    block_m = min(32 if wide else 64, max(16, triton.next_power_of_2(ceil(_CROWDED * choices / experts))))
     # Every expert with rows may have one block that is not full.
     blocks = (choices + min(choices, experts) * (block_m - 1)) // block_m
     wanted = triton.next_power_of_2(ceil(PROGRAMS * multiprocessors / (blocks * triton.cdiv(outputs, TILE_ROWS))))
     block_n = 2 * TILE_ROWS if block_m == 64 else TILE_ROWS
-    return Cut(block_m, block_n, 4 if block_m < 64 else 3, max(1, min(MOST_SHARES, steps // 2, wanted)), blocks)
+    stages = 2 if wide else 4 if block_m < 64 else 3
+    return Cut(block_m, block_n, stages, max(1, min(MOST_SHARES, steps // 2, wanted)), blocks)
 
 
 def call(
@@ -141,13 +143,14 @@ def _experts(
         return y.to(x.dtype)
     first, second = _Form(*form13), _Form(*form2)
     chunks13, chunks2 = _chunks(codes13, first), _chunks(codes2, second)
-    plan = cut(choices, count, hidden, chunks2 // second.fields, processors(x.device.index))
+    wide = x.dtype == torch.float32
+    plan = cut(choices, count, hidden, chunks2 // second.fields, processors(x.device.index), wide=wide)
     steps = triton.cdiv(chunks2 // second.fields, plan.shares)
     shares = triton.cdiv(chunks2 // second.fields, steps)
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     local = None if expert_map is None else expert_map.contiguous()
     mapped = 0 if local is None else local.shape[0]
-    exact = x.dtype == torch.float32 or INTERPRETED
+    exact = wide or INTERPRETED
 
     order = torch.empty(choices, dtype=torch.int32, device=x.device)
     blocks = torch.empty(3, plan.blocks, dtype=torch.int32, device=x.device)
