@@ -19,7 +19,9 @@ from quantplug_testkit.canonical import weight_tensors
 from quantplug_testkit.compare import assert_bitwise_equal
 from quantplug_testkit.conformance.experts import EXPERT_CATALOGUE, ExpertHazard
 from quantplug_testkit.conformance.experts.case import ExpertCase
+from quantplug_testkit.conformance.experts.hazard import family
 from quantplug_testkit.conformance.experts.routing import scatter
+from quantplug_testkit.conformance.hazard import weight
 from quantplug_triton.experts import TritonExperts
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
@@ -60,6 +62,14 @@ def test_every_element_is_within_the_derived_bound(name):
     for rows, kind in ((1, "spread"), (5, "mixed")):
         x, routing = case.inputs(rows), case.route(rows, kind)
         case.check(x, routing, case.apply(x, routing), f"{rows} rows, {kind}")
+
+
+def test_gate_and_up_have_an_order_and_a_global_scale_each():
+    """No format of today has both; the catalogue has each by itself."""
+    hazard = family("both", weight("uint4", 32, act_order=True, global_scale=True))[0]
+    case = ExpertCase(KERNEL, GPU, CPU, hazard)
+    x, routing = case.inputs(2), case.route(2, "spread")
+    case.check(x, routing, case.apply(x, routing), "2 rows")
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -174,9 +184,9 @@ def test_what_is_held_is_no_more_than_is_declared(name):
     entitled = 0
     for expert in case.experts():
         tensors = [*expert.b13, *([] if expert.b2 is None else [expert.b2])]
-        for weight in (*expert.w13, expert.w2):
-            entitled += -(-weight.codes.numel() * weight.spec.element.bits // 8)
-            tensors += [t for t in (weight.scales, weight.zeros, weight.g_idx, weight.global_scale) if t is not None]
+        for part in (*expert.w13, expert.w2):
+            entitled += -(-part.codes.numel() * part.spec.element.bits // 8)
+            tensors += [t for t in (part.scales, part.zeros, part.g_idx, part.global_scale) if t is not None]
         entitled += sum(tensor.nbytes for tensor in tensors)
     assert case.prepared.nbytes <= entitled + case.extra_bytes
 
