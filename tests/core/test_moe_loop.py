@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.moeloop import LoopKernel
 from quantplug.platform import Platform
 from quantplug.reference import ReferenceKernel
-from quantplug.spec import ElementType, PerChannel, PerGroup, WeightSpec
+from quantplug.spec import ActivationSpec, ElementType, PerChannel, PerGroup, WeightSpec
 from quantplug_testkit.bounds import stored_error
 from quantplug_testkit.canonical import to_float64
 from quantplug_testkit.compare import assert_within
@@ -140,6 +140,26 @@ def test_x_is_quantized_for_both_products_or_for_none(wide: bool) -> None:
     assert isinstance(verdict, Rejected)
     assert verdict.code == "activation"
     assert ("half would quantize x alone to int8" in verdict.reason) == wide
+
+
+def test_one_scale_for_all_of_x_has_no_meaning_for_experts() -> None:
+    """A kernel that takes the scale of x at run time would take another one for every expert's rows."""
+
+    class Whole(ReferenceKernel):
+        name = "whole"
+
+        def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+            return Accepted(Cost(1.0, 1.0), quantizes_x=True)
+
+    def verdict(granularity: Literal["tensor", "token"], *, dynamic: bool) -> Verdict:
+        spec = ActivationSpec(ElementType.INT8, granularity, dynamic=dynamic)
+        return LoopKernel(Whole()).supports(replace(PROBLEM, activation=spec), CPU)
+
+    refused = verdict("tensor", dynamic=True)
+    assert isinstance(refused, Rejected)
+    assert refused.code == "activation"
+    assert isinstance(verdict("tensor", dynamic=False), Accepted)
+    assert isinstance(verdict("token", dynamic=True), Accepted)
 
 
 def test_projections_that_differ_become_calls_of_their_own() -> None:

@@ -76,6 +76,14 @@ class LoopKernel(MoEKernel):
                 f"{self.linear.name} would quantize {alone} alone to {spec.element if spec else 'another type'}",
                 "a kernel that quantizes what enters both products, or leaves both as they are",
             )
+        spec = problem.activation
+        if first.quantizes_x and spec is not None and spec.dynamic and spec.granularity == "tensor":
+            return Rejected(
+                "activation",
+                f"{self.linear.name} would quantize x {spec.describe()}, and nobody says whether that is all rows or an "
+                "expert's",
+                "a kernel that leaves x as it is",
+            )
         fixed, row = (first.cost.at(0) + second.cost.at(0), first.cost.at(1) + second.cost.at(1))
         casts = (*first.casts, *second.casts, Cast("gate_up", problem.dtype), Cast("expert", problem.dtype))
         return Accepted(
