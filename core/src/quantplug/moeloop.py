@@ -80,7 +80,7 @@ class LoopKernel(MoEKernel):
         if first.quantizes_x and spec is not None and spec.dynamic and spec.granularity == "tensor":
             return Rejected(
                 "activation",
-                f"{self.linear.name} would quantize x {spec.describe()}, and nobody says if that is all rows or an expert's",
+                f"{self.linear.name} would quantize x {spec.describe()}, and nobody says of which rows",
                 "a kernel that leaves x as it is",
             )
         fixed, row = (first.cost.at(0) + second.cost.at(0), first.cost.at(1) + second.cost.at(1))
