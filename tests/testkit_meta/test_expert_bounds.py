@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from quantplug.activations import read_activation
@@ -199,6 +199,7 @@ RULES = (
 )
 
 
+@example(RULES[-1], 573, 0.9)  # the least scale that the group may have is 0
 @given(st.sampled_from(RULES), st.integers(0, 2**32 - 1), st.sampled_from((2.0**-20, 2.0**-9, 0.1, 0.9)))
 @settings(quick, max_examples=150)
 def test_an_x_that_is_known_up_to_a_bound_gives_codes_within_the_error(rule, seed, part):

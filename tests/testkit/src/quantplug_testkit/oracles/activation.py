@@ -193,7 +193,11 @@ class _Choice:
 
     def ends(self, x: Floats, off: Floats | float, element: str, zero: int) -> Iterator[Floats]:
         """Yield values between which all lie that a right kernel may get; 0 is one where x may be flushed."""
-        quotients = [_quotient(end, scale) for end in (x - off, x + off) for scale in (self.least, self.most)]
+        # Between a scale of 0, by which everything is 0, and one above lie small ones, by which everything is large.
+        small, limit = (self.least == 0) & (self.most > 0), 2 * _top(element)
+        ends = (x - off, x + off)
+        quotients = [np.where(small, np.sign(end) * limit, _quotient(end, self.least)) for end in ends]
+        quotients += [_quotient(end, self.most) for end in ends]
         lowest, highest = np.minimum.reduce(quotients), np.maximum.reduce(quotients)
         flushed = np.where(np.abs(x) - off < _SMALLEST_NORMAL, 0.0, highest)
         for quotient in (lowest - self._off(lowest, zero), highest + self._off(highest, zero), flushed):
