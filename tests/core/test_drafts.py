@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from toy_checkpoints import dense_tensors, toy_checkpoint, toy_registry, toy_tensors, write_checkpoint
 
 from quantplug.draft import Draft
@@ -129,5 +128,4 @@ def test_a_dense_draft_keeps_its_bytes(tmp_path: Path) -> None:
     dense = write_checkpoint(tmp_path / "dense", dense_tensors(), {"quant_method": "toy"})
     found = made(dense, draft=Draft(dense, quantize="dense")).draft
     assert found.dialect == ""
-    assert all(torch.is_floating_point(tensor) for tensor in dense_tensors().values())
     assert {name for layer in found.layers for name in layer.tensors} == set(dense_tensors())

@@ -9,7 +9,7 @@ operator that decides inside. Everywhere else a layer calls its kernels itself, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -18,10 +18,15 @@ from quantplug.dense import DenseProduct
 from quantplug.weight import Prepared
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from quantplug.kernel import LinearKernel
     from quantplug.spec import LinearProblem
 
     Choices = tuple[tuple[int | None, LinearKernel], ...]
+
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,8 @@ _CALLS: list[Call] = []
 _NUMBERS: dict[Call, int] = {}
 
 
-def kernel_for(choices: Choices, rows: int) -> LinearKernel:
-    """Return the kernel that serves M = `rows`; `choices` as in `Call`."""
+def kernel_for(choices: Sequence[tuple[int | None, K]], rows: int) -> K:
+    """Return the kernel that serves M = `rows`; `choices` as in `Call`, of either kind of kernel."""
     for most, kernel in choices:
         if most is None or rows <= most:
             return kernel

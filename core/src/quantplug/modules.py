@@ -11,7 +11,7 @@ import torch
 from quantplug import dispatch
 from quantplug.asking import split
 from quantplug.dense import DenseProduct
-from quantplug.errors import LoadError, QuantplugError, RunError
+from quantplug.errors import LoadError, RunError
 from quantplug.evidence import DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.preparedmodule import PreparedModule, named_tensors
 from quantplug.schemes import quantize_dense
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from quantplug.kernel import LinearKernel
     from quantplug.ledger import Ledger
-    from quantplug.plan import Choice, LayerPlan, Plan
+    from quantplug.plan import LayerPlan, Plan
     from quantplug.preparedmodule import SourceTensor
     from quantplug.registry import Registry
     from quantplug.schemes import SchemeCache
@@ -50,10 +50,10 @@ class QuantizedLinear(PreparedModule):
         """What the file stores about x, per segment; kept for saving, whether or not the kernel makes use of it."""
         self._problem: LinearProblem = layer.problem
         self._schemes = tuple(schemes.get(segment.scheme, segment.name) for segment in layer.segments)
-        self._choices: tuple[tuple[Choice, LinearKernel], ...] = tuple(
-            (choice, registry.kernel(choice.kernel).item) for choice in decision.choices
+        self._choices: tuple[tuple[int | None, LinearKernel], ...] = tuple(
+            (choice.max_rows, registry.kernel(choice.kernel).item) for choice in decision.choices
         )
-        self._by_rows = tuple((choice.max_rows, kernel) for choice, kernel in self._choices)
+        """The kernels by rising rows, each with the most that it serves."""
         self._parts: tuple[Prepared, ...] = ()
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
         self._only: tuple[LinearKernel, Prepared, torch.Tensor | None] | None = None
@@ -138,22 +138,13 @@ class QuantizedLinear(PreparedModule):
         kernel = self._choices[0][1]
         parts = self._problem_parts(kernel)
         old = self._parts or (None,) * len(parts)
-        try:
+        with self._preparing(kernel):
             if len(parts) == 1:
                 return (kernel.prepare(self._problem, weights, activation, device, out=old[0]),)
             return tuple(
                 kernel.prepare(part, [weight], [stored], device, out=out)
                 for part, weight, stored, out in zip(parts, weights, activation, old, strict=True)
             )
-        except QuantplugError:
-            raise
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise LoadError(
-                "QP-LOAD-PREPARE",
-                self.path,
-                f"kernel {kernel.name} accepted the layer and then failed: {type(error).__name__}: {error}",
-                fix=f'Report it to its maker; a policy with deny = ["{kernel.name}"] chooses another.',
-            ) from error
 
     def _problem_parts(self, kernel: LinearKernel) -> tuple[LinearProblem, ...]:
         whole = self._problem.uniform or not kernel.traits.uniform_segments
@@ -180,7 +171,7 @@ class QuantizedLinear(PreparedModule):
         if len(parts) == len(self._choices) == 1 and not isinstance(kernel, DenseProduct):
             self._only = (kernel, parts[0], biases[0])
         self._calls = tuple(
-            (bias, list(part.tensors.values()), dispatch.number_of(self._by_rows, part))
+            (bias, list(part.tensors.values()), dispatch.number_of(self._choices, part))
             for part, bias in zip(parts, biases, strict=True)
         )
 
@@ -202,7 +193,7 @@ class QuantizedLinear(PreparedModule):
             return kernel.apply(x, part, bias)
         rows = x.numel() // self.in_features
         choose = dispatch.known_kernel if torch.compiler.is_compiling() else dispatch.kernel_for
-        chosen = choose(self._by_rows, rows)
+        chosen = choose(self._choices, rows)
         if chosen is None:
             results = [dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls]
         else:
@@ -244,10 +235,7 @@ class QuantizedLinear(PreparedModule):
         try:
             weights = [weight for part in self._parts for weight in kernel.unprepare(part)]
         except NotImplementedError as error:
-            raise LoadError(
-                "QP-LOAD-SOURCE", self.path, str(error), expected="the source file, or a kernel that can unprepare",
-                fix="Keep the checkpoint directory where it was, or load with another kernel.",
-            ) from error  # fmt: skip
+            raise self._no_way_back(str(error)) from error
         result: dict[str, torch.Tensor] = {}
         for scheme, segment, weight, activation in zip(
             self._schemes, self._layer.segments, weights, self.activation, strict=True

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug.errors import LoadError, QuantplugError, RunError
+from quantplug.dispatch import kernel_for
+from quantplug.errors import LoadError, RunError
 from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX
 from quantplug.expertparameters import load_expert, stacked_parameters
 from quantplug.moe import MoEProblem
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from quantplug.expertweights import ExpertWeights, PreparedExperts
     from quantplug.ledger import Ledger
     from quantplug.moekernel import MoEKernel
-    from quantplug.plan import Choice, LayerPlan, Plan, Segment
+    from quantplug.plan import LayerPlan, Plan, Segment
     from quantplug.preparedmodule import SourceTensor
     from quantplug.registry import Registry
     from quantplug.schemes import SchemeCache
+    from quantplug.spec import WeightSpec
     from quantplug.weight import ActivationParams, Weight
 
 
@@ -48,12 +50,14 @@ class QuantizedExperts(PreparedModule):
         self._experts: ExpertLayer = layer.experts
         self._schemes = tuple(schemes.get(segment.scheme, segment.name) for segment in layer.segments)
         self._scheme = MoEScheme(layer.experts.files, layer.problem.w13, layer.problem.w2)
-        self._choices: tuple[tuple[Choice, MoEKernel], ...] = tuple(
-            (choice, registry.moe_kernel(choice.kernel).item) for choice in decision.choices
+        self._choices: tuple[tuple[int | None, MoEKernel], ...] = tuple(
+            (choice.max_rows, registry.moe_kernel(choice.kernel).item) for choice in decision.choices
         )
+        """The kernels by rising rows, each with the most that it serves."""
         self._prepared: PreparedExperts | None = None
         self._activation: dict[int, tuple[ActivationParams | None, ...]] = {}
-        self._as_stored = True
+        self._specs: dict[int, tuple[WeightSpec, ...]] = {}
+        """The contracts under which each expert is stored; several threads decode, each its own experts."""
 
     @property
     def parameter_count(self) -> int:
@@ -154,7 +158,7 @@ class QuantizedExperts(PreparedModule):
                 weights.append(scheme.decode(own, segment.shape, where))
                 activation.append(scheme.decode_activation(own, where))
         self._activation[expert] = tuple(activation)
-        self._as_stored &= [weight.spec for weight in weights] == [*self.problem.w13, self.problem.w2]
+        self._specs[expert] = tuple(weight.spec for weight in weights)
         biases = [tensors[BIAS_SUFFIX] for tensors in stored] if self.problem.bias else []
         return self._scheme.expert(weights, activation, biases)
 
@@ -179,17 +183,8 @@ class QuantizedExperts(PreparedModule):
             LoadError: `QP-LOAD-PREPARE` when the kernel fails.
         """
         kernel = self._choices[0][1]
-        try:
+        with self._preparing(kernel):
             prepared = kernel.prepare(self.problem, experts, torch.device(device), self._prepared)
-        except QuantplugError:
-            raise
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise LoadError(
-                "QP-LOAD-PREPARE",
-                self.path,
-                f"kernel {kernel.name} accepted the experts and then failed: {type(error).__name__}: {error}",
-                fix=f'Report it to its maker; a policy with deny = ["{kernel.name}"] chooses another.',
-            ) from error
         named = prepared.named_tensors()
         for name, tensor in named.items():
             self.register_buffer(f"prepared_{name.replace('.', '_')}", tensor, persistent=False)
@@ -228,19 +223,13 @@ class QuantizedExperts(PreparedModule):
             raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
         self._check(x, topk_weights, topk_ids)
         rows, chosen = x.reshape(-1, self.problem.hidden), topk_ids.reshape(-1, self.problem.top_k)
-        kernel = self._kernel_for(len(rows))
+        kernel = kernel_for(self._choices, len(rows))
         weights = topk_weights.reshape(-1, self.problem.top_k).to(torch.float32)
         if not kernel.traits.graph_safe and torch.compiler.is_compiling():
             y: torch.Tensor = _uncompiled(kernel, rows, weights, chosen, self._prepared, expert_map)
         else:
             y = kernel.apply(rows, weights, chosen, self._prepared, expert_map)
         return y.view(x.shape)
-
-    def _kernel_for(self, rows: int) -> MoEKernel:
-        for choice, kernel in self._choices:
-            if choice.max_rows is None or rows <= choice.max_rows:
-                return kernel
-        return self._choices[-1][1]
 
     def _check(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
         if x.shape[-1] != self.problem.hidden:
@@ -284,7 +273,8 @@ class QuantizedExperts(PreparedModule):
                 projections that were joined, scales that were repeated, biases in another dtype.
         """
         files, prepared = self._experts.files, self._prepared
-        if prepared is None or files.joined or files.stacked or self.problem.bias or not self._as_stored:
+        as_stored = set(self._specs.values()) == {(*self.problem.w13, self.problem.w2)}
+        if prepared is None or files.joined or files.stacked or self.problem.bias or not as_stored:
             raise self._no_way_back("these experts are kept in another form than they are stored in")
         for expert in range(self.problem.experts):
             try:
@@ -297,12 +287,6 @@ class QuantizedExperts(PreparedModule):
                 self.segments_of(expert), schemes, weights, self._activation[expert], strict=True
             ):
                 yield from named_tensors(segment, scheme.encode(weight, activation)).items()
-
-    def _no_way_back(self, what: str) -> LoadError:
-        return LoadError(
-            "QP-LOAD-SOURCE", self.path, what, expected="the source file, or a kernel that can unprepare",
-            fix="Keep the checkpoint directory where it was, or load with another kernel.",
-        )  # fmt: skip
 
     def in_checkpoint_form(self, read: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what was read from the source as a quantized checkpoint holds it; what is dense is quantized anew."""

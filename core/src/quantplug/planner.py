@@ -101,7 +101,9 @@ def plan(
     draft = draft if isinstance(draft, Draft) else Draft(None if draft == NEXT_N else draft)
     if draft.source is not None:
         return replace(_plan(files, inventory, around), draft=_plan_apart(draft, draft.source, around))
-    of_draft = _open(directory, registry, draft.override, draft.recipe, draft.dtype or dtype)
+    of_draft = _described(
+        files.checkpoint, files.model_config, registry, draft.override, draft.recipe, draft.dtype or dtype
+    )
     _, layers = next_n_modules(of_draft.inventory(), files.model_config, architecture_of(files.model_config, registry))
     own = tensors_of(files.checkpoint, layers)
     names = {module.name for module in layers}
@@ -174,11 +176,21 @@ def _open(
     quantize: OnLoad | str | None,
     dtype: str | None,
 ) -> _Files:
-    checkpoint = open_checkpoint(directory)
-    model_config = read_model_config(directory)
+    return _described(open_checkpoint(directory), read_model_config(directory), registry, override, quantize, dtype)
+
+
+def _described(
+    checkpoint: Checkpoint,
+    model_config: Mapping[str, Json],
+    registry: Registry,
+    override: Mapping[str, Json] | None,
+    quantize: OnLoad | str | None,
+    dtype: str | None,
+) -> _Files:
+    """Return files that are read already with what they and the caller say about quantization."""
     if isinstance(quantize, str):
         quantize = OnLoad(quantize)
-    config = resolve_config(directory, registry, override=override, quantize=quantize)
+    config = resolve_config(checkpoint.directory, registry, override=override, quantize=quantize)
     return _Files(checkpoint, model_config, config, activation_dtype(dtype, model_config), registry)
 
 

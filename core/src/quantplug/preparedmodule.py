@@ -4,17 +4,19 @@ What modules that hold prepared weights have in common: where those came from, s
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from quantplug.errors import LoadError, RunError
+from quantplug.errors import LoadError, QuantplugError, RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from quantplug.ledger import Ledger
+    from quantplug.moekernel import Kernel
     from quantplug.plan import LayerPlan, Segment
 
 _POISON_BYTE = 0xA5
@@ -76,6 +78,28 @@ class PreparedModule(torch.nn.Module):
         for name in list(self._parameters):
             del self._parameters[name]
         self._ledger = None
+
+    @contextmanager
+    def _preparing(self, kernel: Kernel) -> Iterator[None]:
+        """Give what a kernel raises while it prepares this layer a place and a code (`QP-LOAD-PREPARE`)."""
+        try:
+            yield
+        except QuantplugError:
+            raise
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            raise LoadError(
+                "QP-LOAD-PREPARE",
+                self.path,
+                f"kernel {kernel.name} accepted the layer and then failed: {type(error).__name__}: {error}",
+                fix=f'Report it to its maker; a policy with deny = ["{kernel.name}"] chooses another.',
+            ) from error
+
+    def _no_way_back(self, what: str) -> LoadError:
+        """Return the error about a layer whose stored form cannot be had from what its kernel holds."""
+        return LoadError(
+            "QP-LOAD-SOURCE", self.path, what, expected="the source file, or a kernel that can unprepare",
+            fix="Keep the checkpoint directory where it was, or load with another kernel.",
+        )  # fmt: skip
 
     def _install_parameters(self, device: torch.device) -> None:
         """Decode and prepare the filled parameters."""

@@ -25,8 +25,8 @@ def with_shared_experts(inventory: Inventory, rules: Architecture) -> Inventory:
     asked about its projections by the names under which they are stored.
 
     Raises:
-        ConfigError: `QP-CFG-REFUSED` when the routed experts of such a layer are stacked in the files, or the family
-            has none that are shared.
+        ConfigError: `QP-CFG-REFUSED` when the routed experts of such a layer are stacked or joined in the files, or the
+            family has none that are shared.
     """
     if not rules.experts.shared:
         raise ConfigError(
@@ -42,18 +42,19 @@ def with_shared_experts(inventory: Inventory, rules: Architecture) -> Inventory:
         if layer is None or not any(name.startswith(f"{shared}.") for name in linear):
             modules.append(module)
             continue
-        if layer.files.stacked:
+        if layer.files.stacked or layer.files.joined:
             raise ConfigError(
-                "QP-CFG-REFUSED", module.name, "its routed experts are stacked, and its shared one is not",
-                expected="experts that are stored one by one", fix="Run the shared expert by itself.",
+                "QP-CFG-REFUSED", module.name, "its routed experts are stacked or joined, and its shared one is not",
+                expected="experts stored one by one, gate and up apart", fix="Run the shared expert by itself.",
             )  # fmt: skip
         # Shared experts are ordinary linear layers in every family, whatever the routed ones are called.
-        names = [f"{shared}.{name}" for name in _LINEAR[len(layer.files.projections)]]
+        names = [f"{shared}.{name}" for name in _LINEAR if name != _GATE or layer.files.gate]
         fused |= dict.fromkeys(names, module.name)
         more = replace(layer, count=layer.count + 1, top_k=layer.top_k + 1)
         modules.append(replace(module, experts=more, shards=(*module.shards, *names)))
     return replace(inventory, modules=tuple(module for module in modules if module.name not in fused))
 
 
-_LINEAR = {3: ("gate_proj", "up_proj", "down_proj"), 2: ("up_proj", "down_proj")}
-"""Names of a shared expert's projections in the order of `ExpertFiles.projections`, by how many there are."""
+_GATE = "gate_proj"
+_LINEAR = (_GATE, "up_proj", "down_proj")
+"""Names of a shared expert's projections in the order of `ExpertFiles.projections`."""

@@ -4,11 +4,10 @@ What the kernel takes, what it refuses, and what it costs: known without a GPU a
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
-from quantplug.spec import ElementType, PerGroup, scale_shape
+from quantplug.spec import ElementType, PerGroup
 from quantplug_marlin.form import HELD_SCALES, SCALE_BYTES, form_of
 from quantplug_marlin.slots import STEP, arrange_in_order, group_size
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16")
 
-_STORED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _OLDEST, _RUN = (8, 0), (9, 0)
 _TILE = 16
 _MOST_SLOTS = 4
@@ -46,7 +44,7 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     held = _bytes_of(problem, slots)
     return Accepted(
         Cost(CALL_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
-        extra_bytes=max(0, held - _entitled_bytes(problem)),
+        extra_bytes=max(0, held - problem.stored_bytes),
         notes=_notes(problem, platform, slots),
         dequantize_us=CALL_US + (held + 2 * n * k) / _BYTES_PER_US,
     )
@@ -85,17 +83,6 @@ def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
             total += tiles * _TILE * form.zeros
         total += 0 if slots.width and not weight.global_scale else 4 * sum(part)
         total += 4 * slots.count if moved else 0
-    return total
-
-
-def _entitled_bytes(problem: LinearProblem) -> int:
-    """Return the bytes of codes, scales and zero points at the width that the file has them in."""
-    total = 0
-    for segment in problem.segments:
-        weight, n, k = segment.weight, segment.out_features, problem.in_features
-        per_scale = _STORED_BYTES.get(weight.scale_dtype, 1) + weight.zero_points
-        total += -(-n * k * weight.element.bits // 8) + prod(scale_shape(weight.granularity, n, k)) * per_scale
-        total += 4 * k if weight.act_order else 0
     return total
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug.spec import scale_shape
-from quantplug_triton.fit import LAUNCH_US, TILE_ROWS, entitled_bytes, field_bits, is_moved, scale_bytes, verdict
+from quantplug_triton.fit import LAUNCH_US, TILE_ROWS, field_bits, is_moved, scale_bytes, verdict
 from quantplug_triton.slots import arrange, group_sizes
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _extra_bytes(problem: MoEProblem) -> int:
         held = matrices * (rows * slots.count * bits // 8 + 4 * slots.count * weight.act_order)
         scales = prod(scale_shape(weight.granularity, product.segments[0].out_features, inputs))
         held += len(product.segments) * scales * scale_bytes(weight)
-        total += problem.experts * (held - entitled_bytes(product))
+        total += problem.experts * (held - product.stored_bytes)
         if not weight.act_order and is_moved(weight, slots, inputs):
             total += 4 * slots.count
     return max(0, total)

@@ -29,8 +29,7 @@ HELD_SCALES = {
 TILE_ROWS = 64
 """N is filled up to a multiple of this many rows of the weight, which lie side by side."""
 
-_STORED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_BYTES = {**_STORED_BYTES, "uint8": 1}
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 _REFUSED = frozenset({ElementType.FLOAT8_E4M3FNUZ, ElementType.FLOAT8_E5M2FNUZ})
 _OLDEST = (8, 0)
 _MOST_SLOTS = 4
@@ -58,13 +57,13 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     if slots.count > _MOST_SLOTS * k + 2 * slots.chunk * slots.fields:
         size = max(group_sizes(weight.granularity, k))
         return Rejected("granularity", f"groups of {size} inputs would be filled up to {slots.chunk}", "groups of 16")
-    held, entitled = _bytes_of(problem, slots), entitled_bytes(problem)
+    held = _bytes_of(problem, slots)
     notes = ["x is gathered in the order of groups"] if weight.act_order else []
     if slots.count > k + slots.chunk * slots.fields:
         notes.append(f"empty slots: {k} inputs are laid out as {slots.count}")
     return Accepted(
         Cost(LAUNCH_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
-        extra_bytes=max(0, held - entitled),
+        extra_bytes=max(0, held - problem.stored_bytes),
         notes=tuple(notes),
     )
 
@@ -99,17 +98,6 @@ def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
         spread = isinstance(weight.granularity, PerTensor) and len(part) > 1
         total += (rows if spread else prod(scale_shape(weight.granularity, rows, k))) * per_scale
         total += (4 * slots.count if moved else 0) + (4 if weight.global_scale else 0)
-    return total
-
-
-def entitled_bytes(problem: LinearProblem) -> int:
-    """Return the bytes of codes, scales and zero points at the width that the file has them in."""
-    total = 0
-    for segment in problem.segments:
-        weight, n, k = segment.weight, segment.out_features, problem.in_features
-        per_scale = _STORED_BYTES.get(weight.scale_dtype, 1) + weight.zero_points
-        total += -(-n * k * weight.element.bits // 8) + prod(scale_shape(weight.granularity, n, k)) * per_scale
-        total += 4 * k if weight.act_order else 0
     return total
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug.spec import PerGroup
-from quantplug_cpu.fit import FAST_DTYPE, SCALE_BYTES, entitled_bytes, packed_casts
+from quantplug_cpu.fit import FAST_DTYPE, PACKED_SCALES, packed_casts
 from quantplug_cpu.slots import arrange, filled, group_sizes, stays_in_order
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def packed_verdict(problem: LinearProblem, planes: int, least_group: int = 16) -
     return Accepted(
         replace(_OPERATOR.cost(weights, parts), many=many) if fast else many,
         casts=packed_casts(weight, bias=problem.bias) if fast else (),
-        extra_bytes=max(0, _held_bytes(problem, planes, slots) - entitled_bytes(problem)),
+        extra_bytes=max(0, _held_bytes(problem, planes, slots) - problem.stored_bytes),
         notes=tuple(notes),
     )
 
@@ -89,7 +89,7 @@ def _held_bytes(problem: LinearProblem, planes: int, slots: Slots) -> int:
     sizes = [segment.out_features for segment in problem.segments]
     parts = sizes if weight.act_order else [sum(sizes)]
     # Scales that no operator takes are held in float32.
-    scale = 4 * planes if problem.dtype == FAST_DTYPE else SCALE_BYTES.get(weight.scale_dtype, 4)
+    scale = 4 * planes if problem.dtype == FAST_DTYPE else PACKED_SCALES.get(weight.scale_dtype, 4)
     rows = sum(filled(size) for size in parts)
     total = 1 + rows * (planes * slots.count // 2 + slots.groups * (scale + weight.zero_points))
     if weight.act_order:

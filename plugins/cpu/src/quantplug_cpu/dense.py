@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, LinearKernel, Rejected, Traits, Verdict
+from quantplug.spec import SCALE_BYTES
 from quantplug_cpu.accept import Rates
-from quantplug_cpu.fit import ALL_SCALE_BYTES, DTYPE_BYTES, entitled_bytes, refuse_anywhere
+from quantplug_cpu.fit import DTYPE_BYTES, refuse_anywhere
 from quantplug_cpu.lazy import PRODUCTS, import_product
 
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ class DenseKernel(LinearKernel):
         if refusal is not None:
             return refusal
         for segment in problem.segments:
-            if segment.weight.scale_dtype not in ALL_SCALE_BYTES:
-                known = ", ".join(ALL_SCALE_BYTES)
+            if segment.weight.scale_dtype not in SCALE_BYTES:
+                known = ", ".join(SCALE_BYTES)
                 return Rejected("dtype", f"scales in {segment.weight.scale_dtype}", f"use one of {known}")
-        weights, stored = problem.in_features * problem.out_features, entitled_bytes(problem)
+        weights, stored = problem.in_features * problem.out_features, problem.stored_bytes
         held = weights * DTYPE_BYTES[problem.dtype]
         extra = max(0, held - stored)
         cost = _RATES[problem.dtype].cost(weights)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Cast, Rejected
-from quantplug.spec import ElementType, PerBlock, PerGroup, scale_shape
+from quantplug.spec import ElementType, PerBlock, PerGroup
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -19,14 +19,11 @@ FAST_DTYPE = "bfloat16"
 MANY_ROWS = {1: 56, 2: 28}
 """Rows from which on dequantized tiles beat the packed operator, by nibbles per code; see benchmarks/README.md."""
 
-SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-"""Scale dtypes that the packed operators take."""
+PACKED_SCALES = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Scale dtypes that the packed operators take, and their bytes."""
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Activation dtypes that are taken."""
-
-ALL_SCALE_BYTES = {**SCALE_BYTES, "float8_e8m0fnu": 1, "float8_e4m3fn": 1}
-"""Scale dtypes that there are."""
 
 
 def refuse_anywhere(problem: LinearProblem, platform: Platform) -> Rejected | None:
@@ -82,25 +79,13 @@ def refuse(problem: LinearProblem, platform: Platform, bits: tuple[int, ...], ot
         return Rejected("element", f"{weight.element} codes are floating-point numbers", f"{other} takes them")
     if weight.element.bits not in bits:
         return Rejected("element", f"{weight.element} has {weight.element.bits} bits", f"{other} takes it")
-    if weight.scale_dtype not in SCALE_BYTES:
+    if weight.scale_dtype not in PACKED_SCALES:
         return Rejected(
-            "dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}, or cpu.dense"
+            "dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(PACKED_SCALES)}, or cpu.dense"
         )
     if weight.global_scale:
         return Rejected("dtype", f"a global scale multiplies those in {weight.scale_dtype}", "cpu.dense takes it")
     return None
-
-
-def entitled_bytes(problem: LinearProblem) -> int:
-    """Return the bytes of codes at their width, scales, zero points and g_idx, without the few of a global scale."""
-    total = 0
-    for segment in problem.segments:
-        weight, n, k = segment.weight, segment.out_features, problem.in_features
-        rows, groups = scale_shape(weight.granularity, n, k)
-        per_scale = ALL_SCALE_BYTES[weight.scale_dtype] + weight.zero_points
-        total += -(-n * k * weight.element.bits // 8) + rows * groups * per_scale
-        total += 4 * k if weight.act_order else 0
-    return total
 
 
 def packed_casts(weight: WeightSpec, *, bias: bool) -> tuple[Cast, ...]:

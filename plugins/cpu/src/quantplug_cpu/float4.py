@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import LinearKernel, Rejected, Traits, Verdict
-from quantplug.spec import ElementType
+from quantplug.spec import SCALE_BYTES, ElementType
 from quantplug_cpu.accept import packed_verdict
-from quantplug_cpu.fit import ALL_SCALE_BYTES, refuse_unpacked
+from quantplug_cpu.fit import refuse_unpacked
 from quantplug_cpu.int4 import probe_packed
 from quantplug_cpu.lazy import PRODUCTS, import_product
 
@@ -46,8 +46,8 @@ class Float4Kernel(LinearKernel):
         if weight.element is not ElementType.FLOAT4_E2M1FN:
             other = "cpu.dense" if weight.element.floating else f"cpu.int{8 if weight.element.bits == 8 else 4}"
             return Rejected("element", f"codes are {weight.element}", f"{other} takes them")
-        if weight.scale_dtype not in ALL_SCALE_BYTES:
-            return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(ALL_SCALE_BYTES)}")
+        if weight.scale_dtype not in SCALE_BYTES:
+            return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALE_BYTES)}")
         return packed_verdict(problem, planes=2, least_group=32)
 
     def probe(self, platform: Platform) -> Rejected | None:

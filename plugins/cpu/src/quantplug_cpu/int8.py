@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from quantplug.kernel import Accepted, Cast, LinearKernel, Rejected, Traits, Verdict
 from quantplug.spec import PerGroup
 from quantplug_cpu.accept import TILES, Rates, packed_verdict
-from quantplug_cpu.fit import FAST_DTYPE, SCALE_BYTES, entitled_bytes, refuse
+from quantplug_cpu.fit import FAST_DTYPE, PACKED_SCALES, refuse
 from quantplug_cpu.int4 import probe_packed
 from quantplug_cpu.lazy import PRODUCTS, import_product
 
@@ -119,12 +119,12 @@ def padded(inputs: int) -> int:
 def bytes_extra(problem: LinearProblem) -> int:
     """Return the bytes beyond the file's own where codes keep their bytes."""
     weight, n, k = problem.segments[0].weight, problem.out_features, problem.in_features
-    held = 1 + n * (padded(k) + SCALE_BYTES[FAST_DTYPE if problem.dtype == FAST_DTYPE else weight.scale_dtype])
+    held = 1 + n * (padded(k) + PACKED_SCALES[FAST_DTYPE if problem.dtype == FAST_DTYPE else weight.scale_dtype])
     held += 4 * k * len(problem.segments) if weight.act_order else 0
     if problem.activation is not None:
         # What cpu.w8a8 multiplies with: a scale and an offset per row, and what is stored about x.
         held += n * 8 + len(problem.segments) * 8
-    return max(0, held - entitled_bytes(problem))
+    return max(0, held - problem.stored_bytes)
 
 
 def _bytes_verdict(problem: LinearProblem) -> Verdict:
