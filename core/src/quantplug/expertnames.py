@@ -60,14 +60,14 @@ class ExpertIndex:
 
     def __init__(self, paths: Iterable[str], rules: ExpertRules) -> None:
         self._rules = rules
-        self._found: dict[str, dict[tuple[int, str], str]] = {}
+        self._containers: dict[str, str] = {}
         self._spelled: dict[str, dict[str, int]] = {}
         self.stacked: dict[str, None] = {}
         """Containers that store tensors of their own."""
         for path in paths:
             name = parse_expert(path, rules.containers)
             if name is not None:
-                self._found.setdefault(name.container, {})[name.expert, name.projection] = path
+                self._containers[path] = name.container
                 counts = self._spelled.setdefault(name.container, {})
                 counts[name.projection] = counts.get(name.projection, 0) + 1
             elif is_container(path, rules.containers):
@@ -76,12 +76,11 @@ class ExpertIndex:
     @property
     def containers(self) -> tuple[str, ...]:
         """Containers whose experts are stored one by one."""
-        return tuple(self._found)
+        return tuple(self._spelled)
 
     def container_of(self, path: str) -> str | None:
-        """Return the container of an expert's projection, None for any other path."""
-        name = parse_expert(path, self._rules.containers)
-        return None if name is None else name.container
+        """Return the container of a stored projection of an expert, None for any other path."""
+        return self._containers.get(path)
 
     def files_of(self, container: str) -> ExpertFiles | None:
         """
@@ -94,10 +93,6 @@ class ExpertIndex:
         known = {id(files): sum(counts.get(name, 0) for name in files.projections) for files in per_expert}
         best = max(per_expert, key=lambda files: known[id(files)], default=None)
         return best if best is not None and known[id(best)] else None
-
-    def get(self, container: str, expert: int, projection: str) -> str | None:
-        """Return the path of one projection, None when nothing is stored for it."""
-        return self._found.get(container, {}).get((expert, projection))
 
 
 def stacked_files(suffixes: Iterable[str], rules: ExpertRules) -> ExpertFiles | None:

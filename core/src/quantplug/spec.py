@@ -105,11 +105,6 @@ def scale_shape(granularity: Granularity, out_features: int, in_features: int) -
             return -(-out_features // n), -(-in_features // k)
 
 
-def group_count(granularity: Granularity, in_features: int) -> int:
-    """Return G, the number of scale columns along K."""
-    return scale_shape(granularity, 1, in_features)[1]
-
-
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
     """
