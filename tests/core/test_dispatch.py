@@ -74,7 +74,7 @@ def inputs(rows):
 
 def test_one_graph_serves_rows_on_both_sides_of_the_boundary(layer):
     module = layer()
-    assert [(most, kernel.name) for most, kernel in module._by_rows] == [(15, "toy.fast"), (None, "toy.many")]
+    assert [(most, kernel.name) for most, kernel in module._choices] == [(15, "toy.fast"), (None, "toy.many")]
     compiled, graphs = counted(module)
     for rows in (2, 15, 16, 300, 3):
         assert torch.equal(compiled(inputs(rows)), module(inputs(rows))), rows
