@@ -103,8 +103,8 @@ def test_it_takes_over_where_rows_pay_for_dequantizing() -> None:
     registry = build_registry({"vendor": SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)})
     decision = select(problem(), MODULE, CPU, registry, Policy(), {})
     # 5 + 100 M against 12 + 2000 + 3355 + 86 M: the lines cross at M = 384.
-    assert decision.choices == (Choice("a.packed", 0, 511), Choice("a.packed.dense", 512, None))
-    assert decision.layout_id == "packed"
+    assert decision.choices == (Choice("a.packed", "packed", 0, 511), Choice("a.packed.dense", "packed", 512, None))
+    assert decision.layouts == ("packed",)
 
 
 def test_its_price_is_what_the_kernel_claims_or_that_of_ordinary_operators() -> None:

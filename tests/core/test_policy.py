@@ -38,6 +38,22 @@ def test_the_environment_names_a_toml_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "count"),
+    [
+        (0, 0),
+        (1500, 1500),
+        ("0", 0),
+        ("4 GB", 4 * 10**9),
+        ("1.5GB", 15 * 10**8),
+        (" 500 MB", 5 * 10**8),
+        ("2 kB", 2000),
+    ],
+)
+def test_a_budget_is_bytes_or_a_text_as_people_write_it(said: object, count: int) -> None:
+    assert Policy.parse({"layout_budget": said}, "policy").layout_budget == count
+
+
+@pytest.mark.parametrize(
     ("table", "text"),
     [
         ({"rules": []}, "unknown key 'rules'"),
@@ -50,6 +66,10 @@ def test_the_environment_names_a_toml_file(tmp_path: Path) -> None:
         ({"rule": [{"deny": [3]}]}, "deny is [3]"),
         ({"rule": [{"deny": "a", "match": 3}]}, "match is 3"),
         ({"rule": [{"deny": "a", "when": "M<16"}]}, "unknown key 'when'"),
+        ({"layout_budget": -1}, "layout_budget: is -1"),
+        ({"layout_budget": True}, "layout_budget: is True"),
+        ({"layout_budget": "4 GiB"}, "layout_budget: is '4 GiB'"),
+        ({"layout_budget": "much"}, 'such as "500 MB"'),
     ],
 )
 def test_a_malformed_rule_is_refused_with_its_place(table: dict[str, object], text: str) -> None:

@@ -38,8 +38,8 @@ def policy(*rules: dict[str, object]) -> Policy:
 def test_the_cheapest_for_one_row_comes_first_and_another_of_its_layout_takes_the_many_rows() -> None:
     """At cost 5 + 2 M against 20 + M / 2 the lines cross at M = 10, so the bucket from 16 on is the other's."""
     decision = select(problem(), MODULE, CPU, toy_registry(), Policy(), {})
-    assert decision.choices == (Choice("toy.fast", 0, 15), Choice("toy.many", 16, None))
-    assert decision.layout_id == "toy"
+    assert decision.choices == (Choice("toy.fast", "toy", 0, 15), Choice("toy.many", "toy", 16, None))
+    assert decision.layouts == ("toy",)
     assert [c.kernel for c in decision.candidates] == [
         "toy.fast", "toy.many", "toy.fast.dense", "toy.many.dense", "reference",
     ]  # fmt: skip
@@ -68,14 +68,14 @@ def test_the_fallback_is_never_chosen_over_a_dearer_real_kernel() -> None:
 def test_prefer_deny_and_pin_act_on_the_layers_they_match() -> None:
     registry = toy_registry()
     prefer = policy({"match": "re:.*up_proj", "prefer": ["toy.many"]})
-    assert select(problem(), MODULE, CPU, registry, prefer, {}).choices == (Choice("toy.many"),)
+    assert select(problem(), MODULE, CPU, registry, prefer, {}).choices == (Choice("toy.many", "toy"),)
     other = ModuleInfo("model.layers.0.mlp.down_proj", "linear")
     assert select(problem(), other, CPU, registry, prefer, {}).kernel == "toy.fast"
     deny = select(problem(), MODULE, CPU, registry, policy({"deny": "toy.*"}), {})
     assert deny.kernel == "reference"
     assert deny.candidates[-1].verdict == Rejected("policy", "denied by test policy: rule 1")
     pin = select(problem(), MODULE, CPU, registry, policy({"match": "mlp", "pin": "reference"}), {})
-    assert pin.choices == (Choice("reference"),)
+    assert pin.choices == (Choice("reference", "canonical"),)
 
 
 def test_a_pin_that_cannot_be_honoured_is_an_error_with_the_kernels_own_reason() -> None:
@@ -125,10 +125,10 @@ def test_on_an_accelerator_no_kernel_takes_over_that_cannot_be_captured() -> Non
     vendor = SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)
     registry = build_registry({"vendor": vendor})
     gpu = Platform.parse("cuda:9.0")
-    assert select(problem(), MODULE, gpu, registry, Policy(), {}).choices == (Choice("a.few"),)
-    assert select(problem(), MODULE, CPU, registry, Policy(), {}).choices[1] == Choice("a.waits", 16, None)
+    assert select(problem(), MODULE, gpu, registry, Policy(), {}).choices == (Choice("a.few", "a"),)
+    assert select(problem(), MODULE, CPU, registry, Policy(), {}).choices[1] == Choice("a.waits", "a", 16, None)
     alone = select(problem(), MODULE, gpu, registry, policy({"deny": "a.few*"}), {})
-    assert alone.choices == (Choice("a.waits"),)
+    assert alone.choices == (Choice("a.waits", "a"),)
 
 
 def test_segments_that_differ_are_split_for_a_kernel_that_needs_them_uniform() -> None:

@@ -50,22 +50,26 @@ def test_measured_times_decide_and_are_kept():
     """By its estimate toy.fast would serve up to 15 rows; measured, toy.many is faster for one row and from 64 on."""
     decision = decide(FAST, MANY)
     assert decision.basis == "measured"
-    assert decision.choices == (Choice("toy.many", 0, 15), Choice("toy.fast", 16, 63), Choice("toy.many", 64, None))
+    assert decision.choices == (
+        Choice("toy.many", "toy", 0, 15),
+        Choice("toy.fast", "toy", 16, 63),
+        Choice("toy.many", "toy", 64, None),
+    )
     assert decision.candidates[0].measured == MANY.us
     assert [c.kernel for c in decision.candidates][:2] == ["toy.many", "toy.fast"]
 
 
 def test_a_kernel_that_was_not_measured_stands_behind_those_that_were():
     decision = decide(MANY)
-    assert decision.choices == (Choice("toy.many"),)
+    assert decision.choices == (Choice("toy.many", "toy"),)
     assert [c.kernel for c in decision.candidates][:2] == ["toy.many", "toy.fast"]
 
 
 def test_a_gain_within_what_repeats_differ_by_changes_nothing():
     close = measurement("toy.many", (1, 9.1), (16, 39.0), (64, 169.0))
-    assert decide(FAST, close).choices == (Choice("toy.fast"),)
+    assert decide(FAST, close).choices == (Choice("toy.fast", "toy"),)
     apart = measurement("toy.many", (1, 9.1), (16, 38.0), (64, 169.0))
-    assert decide(FAST, apart).choices == (Choice("toy.fast", 0, 15), Choice("toy.many", 16, None))
+    assert decide(FAST, apart).choices == (Choice("toy.fast", "toy", 0, 15), Choice("toy.many", "toy", 16, None))
 
 
 def test_a_fallback_stays_last_however_fast_it_was():
@@ -106,15 +110,15 @@ def test_a_layout_of_far_more_bytes_is_not_chosen_for_its_time_alone():
 
 def test_a_policy_still_wins():
     preferred = decide(FAST, MANY, policy={"prefer": "toy.fast"})
-    assert (preferred.choices, preferred.basis) == ((Choice("toy.fast"),), "estimated")
+    assert (preferred.choices, preferred.basis) == ((Choice("toy.fast", "toy"),), "estimated")
     denied = decide(FAST, MANY, policy={"deny": "toy.many"})
-    assert (denied.choices, denied.basis) == ((Choice("toy.fast"),), "measured")
-    assert decide(FAST, MANY, policy={"pin": "reference"}).choices == (Choice("reference"),)
+    assert (denied.choices, denied.basis) == ((Choice("toy.fast", "toy"),), "measured")
+    assert decide(FAST, MANY, policy={"pin": "reference"}).choices == (Choice("reference", "canonical"),)
 
 
 def test_what_was_wrong_is_refused_with_the_reason():
     decision = decide(FAST, replace(MANY, us=(), wrong="y[0, 3] is 7, not 5"))
-    assert decision.choices == (Choice("toy.fast"),)
+    assert decision.choices == (Choice("toy.fast", "toy"),)
     refused = next(c.verdict for c in decision.candidates if c.kernel == "toy.many")
     assert refused == Rejected("probe", "was wrong when it was measured: y[0, 3] is 7, not 5", "report it to its maker")
     with pytest.raises(PlanError, match="was wrong when it was measured") as raised:

@@ -30,28 +30,46 @@ K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """
+    One layout in which a layer is held.
+
+    Attributes:
+        layout_id: its name.
+        names: of its tensors.
+        meta: its plain facts.
+    """
+
+    layout_id: str
+    names: tuple[str, ...]
+    meta: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """
     All that a call of a layer needs besides tensors.
 
     Attributes:
         choices: the most rows that each kernel serves, None for the last, by rising rows.
-        layout_id: of all of them.
         problem: what they were prepared for.
-        names: of the prepared tensors.
-        meta: the layout's plain facts.
+        layouts: those that the kernels read, in the order of their tensors.
     """
 
     choices: Choices
-    layout_id: str
     problem: LinearProblem
-    names: tuple[str, ...]
-    meta: tuple[tuple[str, int], ...]
+    layouts: tuple[Layout, ...]
 
-    def prepared(self, tensors: list[torch.Tensor]) -> Prepared:
-        """Return the layer in its kernel's layout."""
-        named = dict(zip(self.names, tensors, strict=True))
-        return Prepared(self.layout_id, self.problem, named, dict(self.meta))
+    def prepared(self, kernel: LinearKernel, tensors: list[torch.Tensor]) -> Prepared:
+        """Return the layer in a kernel's layout."""
+        first = 0
+        for layout in self.layouts:
+            last = first + len(layout.names)
+            if layout.layout_id == kernel.layout_id:
+                named = dict(zip(layout.names, tensors[first:last], strict=True))
+                return Prepared(layout.layout_id, self.problem, named, dict(layout.meta))
+            first = last
+        raise LookupError(f"{kernel.name} reads {kernel.layout_id}, which is not held")
 
 
 _CALLS: list[Call] = []
@@ -77,10 +95,16 @@ def known_kernel(choices: Choices, rows: int) -> LinearKernel | None:
     return None
 
 
-def number_of(choices: Choices, prepared: Prepared) -> int:
-    """Return the number by which `run` knows a call; layers that differ in nothing but their tensors share one."""
-    meta = tuple(sorted(prepared.meta.items()))
-    call = Call(choices, prepared.layout_id, prepared.problem, tuple(prepared.tensors), meta)
+def number_of(choices: Choices, held: Sequence[Prepared]) -> int:
+    """
+    Return the number by which `run` knows a call; layers that differ in nothing but their tensors share one.
+
+    Args:
+        choices: as in `Call`.
+        held: the layer in each layout that the kernels read; `run` takes their tensors in this order.
+    """
+    layouts = tuple(Layout(one.layout_id, tuple(one.tensors), tuple(sorted(one.meta.items()))) for one in held)
+    call = Call(choices, held[0].problem, layouts)
     number = _NUMBERS.setdefault(call, len(_CALLS))
     if number == len(_CALLS):
         _CALLS.append(call)
@@ -90,7 +114,7 @@ def number_of(choices: Choices, prepared: Prepared) -> int:
 def _run(x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Tensor], call: int) -> torch.Tensor:
     wanted = _CALLS[call]
     kernel = kernel_for(wanted.choices, x.numel() // wanted.problem.in_features)
-    return kernel.apply(x, wanted.prepared(tensors), bias).contiguous()
+    return kernel.apply(x, wanted.prepared(kernel, tensors), bias).contiguous()
 
 
 def _fake(x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Tensor], call: int) -> torch.Tensor:
@@ -105,7 +129,8 @@ def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, list[None], None]:
     wanted, tensors = _CALLS[ctx.call], list(ctx.saved_tensors)
-    values = wanted.choices[0][1].dequantize(wanted.prepared(tensors), ctx.dtype)
+    kernel = wanted.choices[0][1]
+    values = kernel.dequantize(wanted.prepared(kernel, tensors), ctx.dtype)
     rows = grad.reshape(-1, grad.shape[-1])
     return grad @ values, rows.sum(0) if ctx.bias else None, [None] * len(tensors), None
 

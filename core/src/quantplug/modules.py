@@ -54,7 +54,12 @@ class QuantizedLinear(PreparedModule):
             (choice.max_rows, registry.kernel(choice.kernel).item) for choice in decision.choices
         )
         """The kernels by rising rows, each with the most that it serves."""
-        self._parts: tuple[Prepared, ...] = ()
+        self._kernels: dict[str, LinearKernel] = {}
+        """The kernel that brings weights into each layout, that of a single row first."""
+        for _, kernel in self._choices:
+            self._kernels.setdefault(kernel.layout_id, kernel)
+        self._held: dict[str, tuple[Prepared, ...]] = {}
+        """The weights in each layout, part by part."""
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
         self._only: tuple[LinearKernel, Prepared, torch.Tensor | None] | None = None
         self._calls: tuple[tuple[torch.Tensor | None, list[torch.Tensor], int], ...] = ()
@@ -134,46 +139,55 @@ class QuantizedLinear(PreparedModule):
 
     def _prepare(
         self, weights: list[Weight], activation: list[ActivationParams | None], device: torch.device
-    ) -> tuple[Prepared, ...]:
-        kernel = self._choices[0][1]
-        parts = self._problem_parts(kernel)
-        old = self._parts or (None,) * len(parts)
-        with self._preparing(kernel):
-            if len(parts) == 1:
-                return (kernel.prepare(self._problem, weights, activation, device, out=old[0]),)
-            return tuple(
-                kernel.prepare(part, [weight], [stored], device, out=out)
-                for part, weight, stored, out in zip(parts, weights, activation, old, strict=True)
-            )
+    ) -> dict[str, tuple[Prepared, ...]]:
+        parts = self._problem_parts()
+        made: dict[str, tuple[Prepared, ...]] = {}
+        for layout, kernel in self._kernels.items():
+            old = self._held.get(layout) or (None,) * len(parts)
+            with self._preparing(kernel):
+                if len(parts) == 1:
+                    made[layout] = (kernel.prepare(self._problem, weights, activation, device, out=old[0]),)
+                    continue
+                made[layout] = tuple(
+                    kernel.prepare(part, [weight], [stored], device, out=out)
+                    for part, weight, stored, out in zip(parts, weights, activation, old, strict=True)
+                )
+        return made
 
-    def _problem_parts(self, kernel: LinearKernel) -> tuple[LinearProblem, ...]:
-        whole = self._problem.uniform or not kernel.traits.uniform_segments
+    def _problem_parts(self) -> tuple[LinearProblem, ...]:
+        """Return the problem whole, or segment by segment where its kernels, all alike in that, want it so."""
+        whole = self._problem.uniform or not self._choices[0][1].traits.uniform_segments
         return (self._problem,) if whole else split(self._problem)
 
     def _fit_biases(self, biases: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor | None, ...]:
-        parts = len(self._problem_parts(self._choices[0][1]))
+        parts = len(self._problem_parts())
         if not biases:
             return (None,) * parts
         moved = [bias.to(device=device, dtype=self._dtype) for bias in biases]
         return tuple(moved) if parts > 1 else (torch.cat(moved) if len(moved) > 1 else moved[0],)
 
-    def _commit(self, parts: tuple[Prepared, ...], biases: tuple[torch.Tensor | None, ...]) -> None:
-        for number, part in enumerate(parts):
+    def _commit(self, held: dict[str, tuple[Prepared, ...]], biases: tuple[torch.Tensor | None, ...]) -> None:
+        for number, part in enumerate(part for parts in held.values() for part in parts):
             for name, tensor in part.tensors.items():
                 self.register_buffer(f"prepared_{number}_{name.replace('.', '_')}", tensor, persistent=False)
         for number, bias in enumerate(biases):
             if bias is not None:
                 self.register_buffer(f"prepared_{number}_bias", bias, persistent=False)
-        self._parts, self._part_biases = parts, biases
+        self._held, self._part_biases = held, biases
+        kernel = self._choices[0][1]
+        parts = held[kernel.layout_id]
         # Asked for as "cuda", a tensor lies on "cuda:0"; what x is compared with is where the tensors lie.
         self._device = next(iter(parts[0].tensors.values())).device
-        kernel = self._choices[0][1]
         if len(parts) == len(self._choices) == 1 and not isinstance(kernel, DenseProduct):
             self._only = (kernel, parts[0], biases[0])
-        self._calls = tuple(
-            (bias, list(part.tensors.values()), dispatch.number_of(self._choices, part))
-            for part, bias in zip(parts, biases, strict=True)
-        )
+        self._calls = tuple(self._call(bias, [parts[n] for parts in held.values()]) for n, bias in enumerate(biases))
+
+    def _call(
+        self, bias: torch.Tensor | None, held: list[Prepared]
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor], int]:
+        """Return what `dispatch.run` takes for one part, which is held in each layout."""
+        tensors = [tensor for one in held for tensor in one.tensors.values()]
+        return bias, tensors, dispatch.number_of(self._choices, held)
 
     def _attribute(self, suffix: str, number: int) -> str:
         return suffix if len(self._layer.segments) == 1 else f"{suffix}_{number}"
@@ -197,7 +211,8 @@ class QuantizedLinear(PreparedModule):
         if chosen is None:
             results = [dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls]
         else:
-            results = [chosen.apply(x, part, bias) for part, bias in zip(self._parts, self._part_biases, strict=True)]
+            parts = self._held[chosen.layout_id]
+            results = [chosen.apply(x, part, bias) for part, bias in zip(parts, self._part_biases, strict=True)]
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
     # torch gives the decorator no type.
@@ -211,7 +226,7 @@ class QuantizedLinear(PreparedModule):
         return self.in_features if dtype == self._dtype and device == self._device else -1
 
     def _refuse(self, x: torch.Tensor) -> None:
-        if not self._parts:
+        if not self._held:
             raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
         if x.shape[-1] != self.in_features:
             raise RunError("QP-RUN-SHAPE", self.path, f"x is {list(x.shape)}", expected=f"[..., {self.in_features}]")
@@ -233,7 +248,7 @@ class QuantizedLinear(PreparedModule):
         """
         kernel = self._choices[0][1]
         try:
-            weights = [weight for part in self._parts for weight in kernel.unprepare(part)]
+            weights = [weight for part in self._held[kernel.layout_id] for weight in kernel.unprepare(part)]
         except NotImplementedError as error:
             raise self._no_way_back(str(error)) from error
         result: dict[str, torch.Tensor] = {}
@@ -259,7 +274,7 @@ class QuantizedLinear(PreparedModule):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values `[N, K]` that the layer multiplies with."""
         kernel = self._choices[0][1]
-        return torch.cat([kernel.dequantize(part, dtype) for part in self._parts])
+        return torch.cat([kernel.dequantize(part, dtype) for part in self._held[kernel.layout_id]])
 
     def extra_repr(self) -> str:
         """Describe the layer in a model's printout."""

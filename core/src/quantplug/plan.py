@@ -19,7 +19,7 @@ from quantplug.platform import Platform
 from quantplug.skip import EntryUse, SchemeRef
 from quantplug.spec import ActivationSpec, LinearProblem, LinearShape
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 """Version of the JSON form; another version is refused."""
 
 
@@ -45,9 +45,18 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A kernel for a range of rows M: `min_rows <= M`, and `M <= max_rows` unless that is None."""
+    """
+    A kernel for a range of rows M: `min_rows <= M`, and `M <= max_rows` unless that is None.
+
+    Attributes:
+        kernel: its name.
+        layout_id: the layout that it reads.
+        min_rows: the least rows.
+        max_rows: the most.
+    """
 
     kernel: str
+    layout_id: str
     min_rows: int = 0
     max_rows: int | None = None
 
@@ -59,20 +68,25 @@ class Decision:
 
     Attributes:
         choices: by rising rows, without gaps.
-        layout_id: the layout its weights are kept in.
         candidates: everyone who was asked, best first, with the answers.
         basis: "measured" when measured times decided, else "estimated".
+        extra_bytes: that weights in a second layout take in each layer; 0 where all choices read one layout.
     """
 
     choices: tuple[Choice, ...]
-    layout_id: str
     candidates: tuple[Candidate, ...]
     basis: Literal["estimated", "measured"] = "estimated"
+    extra_bytes: int = 0
 
     @property
     def kernel(self) -> str:
         """The kernel that serves a single row."""
         return self.choices[0].kernel
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts that weights are kept in, that of a single row first: one, or two within a budget."""
+        return tuple(dict.fromkeys(choice.layout_id for choice in self.choices))
 
 
 @dataclass(frozen=True, slots=True)

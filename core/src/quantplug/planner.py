@@ -32,6 +32,7 @@ from quantplug.plan import KVCachePlan, Plan
 from quantplug.platform import Platform
 from quantplug.plugins import registry as installed
 from quantplug.policy import Policy
+from quantplug.secondlayout import spend
 from quantplug.skip import RuleReport
 from quantplug.source import resolve_source
 from quantplug.timings import Timings
@@ -100,7 +101,8 @@ def plan(
         return _plan(files, inventory, around)
     draft = draft if isinstance(draft, Draft) else Draft(None if draft == NEXT_N else draft)
     if draft.source is not None:
-        return replace(_plan(files, inventory, around), draft=_plan_apart(draft, draft.source, around))
+        made = _plan(files, inventory, around)
+        return replace(made, draft=_plan_apart(draft, draft.source, _after(around, made)))
     of_draft = _described(
         files.checkpoint, files.model_config, registry, draft.override, draft.recipe, draft.dtype or dtype
     )
@@ -110,7 +112,7 @@ def plan(
     rest = replace(inventory, modules=tuple(module for module in inventory if module.name not in names))
     target = _plan(files, rest, around, elsewhere=own)
     theirs = frozenset(files.checkpoint.tensors) - own
-    drafting = _plan_draft(of_draft, draft, layers, around, elsewhere=theirs)
+    drafting = _plan_draft(of_draft, draft, layers, _after(around, target), elsewhere=theirs)
     # One configuration speaks of both: an entry that matched in one of them has done its work.
     return replace(_without(target, drafting), draft=_without(drafting, target))
 
@@ -132,6 +134,12 @@ class _Surroundings:
     timings: Timings
     registry: Registry
     strict: bool
+
+
+def _after(around: _Surroundings, made: Plan) -> _Surroundings:
+    """Return what a draft's plan depends on: of the memory for second layouts it has what the target's plan left."""
+    spent = sum(made.decisions[layer.decision].extra_bytes for layer in made.layers if layer.decision is not None)
+    return replace(around, policy=replace(around.policy, layout_budget=around.policy.layout_budget - spent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +239,7 @@ def _plan(files: _Files, inventory: Inventory, around: _Surroundings, elsewhere:
     )
     planned = tuple(layers.plan(module) for module in inventory)
     left = stored.account(planned, inventory, elsewhere)
+    planned, decisions = spend(around.policy.layout_budget, planned, layers.decisions, around.platform, registry)
     report = matcher.report()
     scales = tuple(name for name in stored.kv_scales if name not in elsewhere)
     return Plan(
@@ -239,7 +248,7 @@ def _plan(files: _Files, inventory: Inventory, around: _Surroundings, elsewhere:
         dialect=config.dialect,
         fields=config.fields,
         layers=planned,
-        decisions=layers.decisions,
+        decisions=decisions,
         left=left,
         kv_cache=_kv_cache(config.kv_cache, scales),
         entries=report.uses,
@@ -249,8 +258,8 @@ def _plan(files: _Files, inventory: Inventory, around: _Surroundings, elsewhere:
             *layers.warnings,
             *report.warnings,
             *([around.timings.warning] if around.timings.warning else []),
-            *_unmeasured(layers.decisions, registry),
-            *_outdated(planned, layers.decisions, around.timings, around.platform),
+            *_unmeasured(decisions, registry),
+            *_outdated(planned, decisions, around.timings, around.platform),
         ),
         plugins=_taking_part(registry, layers),
     )

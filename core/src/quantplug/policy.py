@@ -1,11 +1,12 @@
 """
-What the caller wants of the choice of kernels: prefer, deny or pin, per layer pattern.
+What the caller wants of the choice of kernels: prefer, deny or pin, per layer pattern; memory for second layouts.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Wish = Literal["pin", "prefer", "deny"]
 _WISHES: tuple[Wish, ...] = ("pin", "prefer", "deny")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,6})?) ?(?P<unit>|[kKMGT]?B)", re.ASCII)
 _EXAMPLE = 'for example:  [[rule]]  match = "re:.*down_proj"  deny = ["cpu.*"]'
 
 
@@ -56,9 +59,17 @@ class PolicyRule:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The caller's wishes, in order; the first that names a kernel for a module holds."""
+    """
+    The caller's wishes.
+
+    Attributes:
+        rules: in order; the first that names a kernel for a module holds.
+        layout_budget: bytes that second copies of weights may take in all, for layers whose fastest kernels for few
+            rows and for many read different layouts.
+    """
 
     rules: tuple[PolicyRule, ...] = ()
+    layout_budget: int = 0
 
     def wish(self, module: ModuleInfo, kernel: str) -> PolicyRule | None:
         """Return the first rule that concerns the module and names the kernel."""
@@ -74,18 +85,20 @@ class Policy:
     @classmethod
     def parse(cls, table: Mapping[str, object], origin: str) -> Policy:
         """
-        Read the TOML form: a list `rule` of tables with `match` (optional) and one of `pin`, `prefer`, `deny`.
+        Read the TOML form: a list `rule` of tables with `match` (optional) and one of `pin`, `prefer`, `deny`; and
+        `layout_budget`, bytes or a text such as "4 GB".
 
         Raises:
             PlanError: `QP-PLAN-POLICY` naming the rule and the field.
         """
-        unknown = set(table) - {"rule"}
+        unknown = set(table) - {"rule", "layout_budget"}
         if unknown:
-            raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "only [[rule]] tables")
+            raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "[[rule]] tables and layout_budget")
         listed = table.get("rule", [])
         if not isinstance(listed, list):
             raise _malformed(origin, "rule is not a list", "[[rule]] tables")
-        return cls(tuple(_parse_rule(item, f"{origin}: rule {number}") for number, item in enumerate(listed, 1)))
+        rules = tuple(_parse_rule(item, f"{origin}: rule {number}") for number, item in enumerate(listed, 1))
+        return cls(rules, parse_bytes(table.get("layout_budget", 0), f"{origin}: layout_budget"))
 
     @classmethod
     def from_toml(cls, path: Path) -> Policy:
@@ -108,6 +121,21 @@ class Policy:
         """Read the file that `QUANTPLUG_POLICY` names; an empty policy when it is unset or empty."""
         path = environ.get("QUANTPLUG_POLICY", "")
         return cls.from_toml(Path(path)) if path else cls()
+
+
+def parse_bytes(value: object, origin: str) -> int:
+    """
+    Return a number of bytes from itself or from a text such as "4 GB" (powers of 1000).
+
+    Raises:
+        PlanError: `QP-PLAN-POLICY` when it is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    found = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None:
+        raise _malformed(origin, f"is {value!r}", 'bytes, or a text such as "500 MB" or "4 GB"')
+    return int(float(found["number"]) * _UNITS[found["unit"].upper()])
 
 
 def _parse_rule(item: object, origin: str) -> PolicyRule:

@@ -8,8 +8,9 @@ import math
 from typing import TYPE_CHECKING
 
 from quantplug.asking import ask
+from quantplug.choices import choices, may_join
 from quantplug.errors import PlanError
-from quantplug.kernel import Accepted, Cost, Rejected
+from quantplug.kernel import Accepted, Rejected
 from quantplug.plan import Candidate, Choice, Decision
 from quantplug.spec import LinearProblem
 from quantplug.timings import time_at
@@ -17,6 +18,7 @@ from quantplug.timings import time_at
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Set as AbstractSet
+    from typing import Literal
 
     from quantplug.inventory import ModuleInfo
     from quantplug.moe import MoEProblem
@@ -25,12 +27,6 @@ if TYPE_CHECKING:
     from quantplug.policy import Policy
     from quantplug.registry import Provided, Registry
     from quantplug.timings import Measurement, Timings
-
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""Numbers of rows M at which kernels are compared; between two of them the lower one's choice holds."""
-
-_NOISE = 0.03
-"""What medians of one kernel differ by from one run to the next; a gain below it is no reason for another kernel."""
 
 _MOST_TIMES_THE_BYTES = 1.5
 """
@@ -105,17 +101,15 @@ def select(
             fix=_all_reasons(candidates, registry),
         )
     first = kernels[accepted[0].kernel].item
+    if pin is not None or accepted[0].policy:
+        return Decision((Choice(accepted[0].kernel, first.layout_id),), tuple(candidates))
     same_layout = [
         c
         for c in accepted
-        if kernels[c.kernel].item.layout_id == first.layout_id
-        and (kernels[c.kernel].item.traits.graph_safe or not first.traits.graph_safe or platform.kind == "cpu")
+        if kernels[c.kernel].item.layout_id == first.layout_id and may_join(kernels[c.kernel].item, first, platform)
     ]
-    if pin is not None or accepted[0].policy:
-        return Decision((Choice(accepted[0].kernel),), first.layout_id, tuple(candidates))
-    if accepted[0].measured:
-        return Decision(_measured_choices(same_layout), first.layout_id, tuple(candidates), "measured")
-    return Decision(_estimated_choices(same_layout), first.layout_id, tuple(candidates))
+    basis: Literal["estimated", "measured"] = "measured" if accepted[0].measured else "estimated"
+    return Decision(choices(same_layout, kernels, basis), tuple(candidates), basis)
 
 
 def describe_problem(problem: LinearProblem | MoEProblem) -> str:
@@ -180,37 +174,6 @@ def _rank(
         0.0 if isinstance(verdict, Rejected) else verdict.cost.at(1),
         candidate.kernel,
     )
-
-
-def _estimated_choices(candidates: list[Candidate]) -> tuple[Choice, ...]:
-    best = [(rows, min(candidates, key=lambda c: (_cost(c).at(rows), c.kernel)).kernel) for rows in ROW_BUCKETS]
-    return _ranges(best)
-
-
-def _measured_choices(candidates: list[Candidate]) -> tuple[Choice, ...]:
-    """Return who was fastest from each measured number of rows on; who is so by less than repeats differ is not."""
-    times = {c.kernel: c.measured for c in candidates if c.measured}
-    best: list[tuple[int, str]] = []
-    for rows in sorted({rows for measured in times.values() for rows, _ in measured}):
-        name = min(times, key=lambda kernel: (time_at(times[kernel], rows), kernel))
-        if best and time_at(times[name], rows) > (1 - _NOISE) * time_at(times[best[-1][1]], rows):
-            name = best[-1][1]
-        best.append((rows, name))
-    return _ranges(best)
-
-
-def _ranges(best: list[tuple[int, str]]) -> tuple[Choice, ...]:
-    """Return the choices from (rows, the kernel from there on), by rising rows."""
-    best = [(rows, name) for n, (rows, name) in enumerate(best) if not n or best[n - 1][1] != name]
-    ends = [start - 1 for start, _ in best[1:]]
-    starts = [0] + [start for start, _ in best[1:]]
-    return tuple(Choice(name, start, end) for (_, name), start, end in zip(best, starts, [*ends, None], strict=True))
-
-
-def _cost(candidate: Candidate) -> Cost:
-    if isinstance(candidate.verdict, Rejected):
-        raise TypeError(f"{candidate.kernel} was refused and has no cost")
-    return candidate.verdict.cost
 
 
 def _all_reasons(candidates: list[Candidate], registry: Registry) -> str:

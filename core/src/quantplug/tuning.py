@@ -8,12 +8,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantplug.choices import ROW_BUCKETS
 from quantplug.errors import PlanError
 from quantplug.isolation import Fault, isolated
 from quantplug.kernel import Accepted
 from quantplug.planner import plan as make_plan
 from quantplug.plugins import registry as installed
-from quantplug.select import ROW_BUCKETS, describe_problem, kernels_for
+from quantplug.select import describe_problem, kernels_for
 from quantplug.spec import LinearProblem
 from quantplug.timings import Measurement, Timings, problem_key, versions_of
 from quantplug.timingstore import VARIABLE, add_timings, store_path

@@ -60,21 +60,21 @@ def test_the_refusal_of_what_the_core_derived_from_a_kernel_is_not_told() -> Non
         "cpu.dense.dense": no,
         "reference": no,
     }
-    decision = Decision((Choice("a"),), "l", tuple(Candidate(name, "p", said) for name, said in answers.items()))
+    decision = Decision((Choice("a", "l"),), tuple(Candidate(name, "p", said) for name, said in answers.items()))
     assert [c.kernel for c in told(decision)] == ["a", "b", "b.dense", "cpu.dense", "reference"]
 
 
 def test_several_kernels_are_shown_with_their_rows() -> None:
-    decision = Decision((Choice("a", 0, 15), Choice("b", 16, 63), Choice("c", 64)), "x", ())
+    decision = Decision((Choice("a", "l", 0, 15), Choice("b", "l", 16, 63), Choice("c", "l", 64)), ())
     assert choices(decision) == "a (M <= 15), b (M = 16 … 63), c (M >= 64)"
-    assert choices(Decision((Choice("a"),), "x", ())) == "a"
+    assert choices(Decision((Choice("a", "l"),), ())) == "a"
 
 
 def test_a_kernel_that_quantizes_x_says_so() -> None:
     accepted = Accepted(Cost(1, 1), quantizes_x=True)
     candidates = (Candidate("a", "plugin-a", accepted), Candidate("b", "plugin-b", Accepted(Cost(1, 1))))
-    assert choices(Decision((Choice("a"),), "l", candidates)) == "a (quantizes x)"
-    assert choices(Decision((Choice("b"),), "l", candidates)) == "b"
-    both = (Choice("b", 0, 15), Choice("a", 16))
-    assert choices(Decision(both, "l", candidates)) == "b (M <= 15), a (M >= 16, quantizes x)"
+    assert choices(Decision((Choice("a", "l"),), candidates)) == "a (quantizes x)"
+    assert choices(Decision((Choice("b", "l"),), candidates)) == "b"
+    both = (Choice("b", "l", 0, 15), Choice("a", "l", 16))
+    assert choices(Decision(both, candidates)) == "b (M <= 15), a (M >= 16, quantizes x)"
     assert "quantizes x as the file permits" in verdict(accepted)

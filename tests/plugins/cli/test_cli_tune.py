@@ -18,8 +18,8 @@ from quantplug_cli.main import app
 from quantplug_cli.text import measured, microseconds
 
 PROBLEM = LinearProblem(576, (SegmentSpec(1536, WeightSpec(ElementType.UINT4, PerGroup(64))),), "bfloat16")
-BEFORE = Decision((Choice("a.fast"),), "a", (Candidate("a.fast", "plug", Accepted(Cost(1, 1))),))
-AFTER = Decision((Choice("a.fast", 0, 15), Choice("a.fast.dense", 16)), "a", (), "measured")
+BEFORE = Decision((Choice("a.fast", "l"),), (Candidate("a.fast", "plug", Accepted(Cost(1, 1))),))
+AFTER = Decision((Choice("a.fast", "l", 0, 15), Choice("a.fast.dense", "l", 16)), (), "measured")
 
 
 def measurement(kernel, us, wrong=""):

@@ -5,6 +5,7 @@ Options that several commands share, and how their text becomes values.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,10 @@ Dtype = Annotated[
 ]
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", metavar="FILE", help="TOML file that prefers, denies or pins kernels.")
+]
+LayoutBudget = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory for second copies of weights, such as 4GB. Default: the policy's, or 0."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Make it an error when a rule and the stored tensors disagree.")]
 Settings = Annotated[
@@ -107,8 +112,11 @@ def read_draft(draft: str | None, quantize: str | None) -> Draft | None:
     return Draft(None if draft == NEXT_N else draft, quantize=quantize)
 
 
-def read_policy(file: Path | None) -> Policy | None:
-    """Read the policy file when one is named."""
-    from quantplug.policy import Policy
+def read_policy(file: Path | None, layout_budget: str | None) -> Policy | None:
+    """Read the policy file when one is named, and let an option replace its budget."""
+    from quantplug.policy import Policy, parse_bytes
 
-    return None if file is None else Policy.from_toml(file)
+    if layout_budget is None:
+        return None if file is None else Policy.from_toml(file)
+    policy = Policy.from_environment() if file is None else Policy.from_toml(file)
+    return replace(policy, layout_budget=parse_bytes(layout_budget, "--layout-budget"))

@@ -16,6 +16,7 @@ from quantplug_cli.options import (
     DraftQuantize,
     Dtype,
     For,
+    LayoutBudget,
     PolicyFile,
     Quantize,
     Settings,
@@ -39,6 +40,7 @@ def plan(
     platform: For = None,
     dtype: Dtype = None,
     policy: PolicyFile = None,
+    layout_budget: LayoutBudget = None,
     quantize: Quantize = None,
     skip: Skip = None,
     settings: Settings = None,
@@ -54,7 +56,7 @@ def plan(
         checkpoint,
         platform=platform,
         dtype=dtype,
-        policy=read_policy(policy),
+        policy=read_policy(policy, layout_budget),
         override=read_settings(settings),
         quantize=read_wish(quantize, skip),
         draft=read_draft(draft, draft_quantize),
@@ -83,7 +85,9 @@ def show(made: Plan, title: str) -> None:
     files = sum(layer.file_bytes for layer in made.layers)
     memory = sum(layer.memory_bytes for layer in made.layers)
     quantized = sum(layer.quantized for layer in made.layers)
-    console.print(f"{quantized} layers quantized; {size(files)} in files, about {size(memory)} in memory")
+    second = sum(made.decisions[layer.decision].extra_bytes for layer in made.layers if layer.decision is not None)
+    of_it = f", {size(second)} of it for second layouts" if second else ""
+    console.print(f"{quantized} layers quantized; {size(files)} in files, about {size(memory)} in memory{of_it}")
     measured = sum(
         made.decisions[layer.decision].basis == "measured" for layer in made.layers if layer.decision is not None
     )

@@ -14,6 +14,7 @@ from quantplug_cli.options import (
     Checkpoint,
     Dtype,
     For,
+    LayoutBudget,
     PolicyFile,
     Quantize,
     Settings,
@@ -40,6 +41,7 @@ def why(
     platform: For = None,
     dtype: Dtype = None,
     policy: PolicyFile = None,
+    layout_budget: LayoutBudget = None,
     quantize: Quantize = None,
     skip: Skip = None,
     settings: Settings = None,
@@ -52,7 +54,7 @@ def why(
         checkpoint,
         platform=platform,
         dtype=dtype,
-        policy=read_policy(policy),
+        policy=read_policy(policy, layout_budget),
         override=read_settings(settings),
         quantize=read_wish(quantize, skip),
     )
@@ -88,7 +90,9 @@ def _show(made: Plan, layer: LayerPlan) -> None:
     if decision is not None and layer.problem is not None:
         _line("problem", describe_problem(layer.problem))
         for choice in decision.choices:
-            _line("kernel", f"{choice.kernel} for {rows(choice)} ({decision.basis}, layout {decision.layout_id})")
+            _line("kernel", f"{choice.kernel} for {rows(choice)} ({decision.basis}, layout {choice.layout_id})")
+        if decision.extra_bytes:
+            _line("", f"{size(decision.extra_bytes)} of it for the second layout, {decision.layouts[1]}")
         for (plugin, policy, answer, us), alike in groupby(told(decision), key=_answer):
             names = ", ".join(candidate.kernel for candidate in alike)
             said = f" [{policy}]" if policy else ""
