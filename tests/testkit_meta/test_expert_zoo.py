@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch._dynamo.exc import UserError
 
-from quantplug_testkit.conformance.experts import MoEKernelConformance, standard_expert_tests
-from quantplug_testkit.conformance.experts.product import ROWS
+from quantplug_testkit.conformance.experts import ARGUMENTS, MoEKernelConformance, standard_expert_tests
 from quantplug_testkit.plain_experts import PlainExperts
 from quantplug_testkit.zoo import EXPERT_ZOO, expert_functions
 from quantplug_testkit.zoo.expert_calls import BreaksTheGraph
@@ -24,7 +23,7 @@ RAISES = {RaisesWhenAsked: ZeroDivisionError, BreaksTheGraph: UserError}
 
 
 def run(kernel, name):
-    """Run one standard test on a kernel, on every hazard that it would get."""
+    """Run one standard test on a kernel, on what a covering selection gives it: a part of the whole catalogue."""
 
     class Vendor(MoEKernelConformance):
         pass
@@ -32,19 +31,10 @@ def run(kernel, name):
     Vendor.kernel = kernel
     tests = Vendor()
     asked = inspect.signature(getattr(tests, name)).parameters
-    sets = {"hazard": in_turn, "family": Vendor.families, "form": Vendor.forms, "sample": Vendor.samples}
-    hazards = next(([(hazard,) for hazard in sets[argument](tests)] for argument in asked if argument in sets), [()])
-    for hazard in hazards:
-        for rows in [(count,) for count in ROWS] if "rows" in asked else [()]:
-            getattr(tests, name)(*hazard, *rows)
-
-
-def in_turn(tests):
-    """Each family once, then in the other dtypes: most faults show in the first, those of functions in the last."""
-    families = tests.families()
-    if type(tests.kernel).__module__ == expert_functions.__name__:
-        families.reverse()
-    return [*families, *(hazard for hazard in tests.accepted() if hazard not in families)]
+    given = next((tests.given(names, whole=False) for names in ARGUMENTS if set(names) <= set(asked)), [()])
+    # faults of functions show in the last families of the catalogue
+    for values in reversed(given) if type(kernel).__module__ == expert_functions.__name__ else given:
+        getattr(tests, name)(*values)
 
 
 @pytest.fixture(autouse=True)

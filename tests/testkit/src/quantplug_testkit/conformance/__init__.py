@@ -9,7 +9,8 @@ A vendor writes, in a test file of its own:
         device = "cuda"
 
 and nothing else. The problems come from a fixed catalogue (`problems.CATALOGUE`), of which the kernel's own `supports`
-selects those that it is tried on.
+selects those that it is tried on. On the CPU it is tried on all of them; elsewhere, where each form has to be compiled,
+on a covering selection (`covering.py`), unless `QUANTPLUG_CATALOGUE=whole` asks for all.
 """
 
 from __future__ import annotations
@@ -20,19 +21,25 @@ import pytest
 import torch
 
 from quantplug.kernel import Accepted
+from quantplug_testkit.conformance.aspects import aspects_of
 from quantplug_testkit.conformance.contract import ContractTests
+from quantplug_testkit.conformance.covering import covering, generate, pairs, whole_catalogue
 from quantplug_testkit.conformance.intact import assert_intact, standard_names
 from quantplug_testkit.conformance.prepare import PrepareTests
 from quantplug_testkit.conformance.problems import CATALOGUE, Hazard
-from quantplug_testkit.conformance.product import ProductTests
+from quantplug_testkit.conformance.product import ROWS, ProductTests
 from quantplug_testkit.conformance.runtime import RuntimeTests
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
     from quantplug.spec import LinearProblem
 
 __all__ = ["CATALOGUE", "Hazard", "LinearKernelConformance", "standard_tests"]
+
+
+ARGUMENTS = (("hazard", "rows"), ("hazard",), ("family",), ("sample",))
+"""What standard tests take, by name."""
 
 
 class LinearKernelConformance(PrepareTests, ProductTests, RuntimeTests, ContractTests):
@@ -47,15 +54,31 @@ class LinearKernelConformance(PrepareTests, ProductTests, RuntimeTests, Contract
         torch.set_num_threads(threads)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """
-        Give each test its hazards, out of those that the kernel accepts.
+        """Give each test its hazards, out of those that the kernel accepts: see `given`."""
+        generate(metafunc, ARGUMENTS, lambda names: self.given(names, whole=whole_catalogue(self.device)))
 
-        Tests of numbers take a `hazard` and see them all; tests of memory and calling take a `family` and see each in
-        one dtype; tests of the compiler take a `sample`.
+    def given(self, names: tuple[str, ...], *, whole: bool) -> list[tuple[Hazard, *tuple[int, ...]]]:
         """
-        for argument, hazards in (("hazard", self.accepted), ("family", self.families), ("sample", self.samples)):
-            if argument in metafunc.fixturenames:
-                metafunc.parametrize(argument, [pytest.param(hazard, id=hazard.name) for hazard in hazards()])
+        Return what tests are given that take arguments of these names.
+
+        Tests of numbers take a `hazard`, and one of them a number of `rows`; tests of memory and calling take a
+        `family`; tests of the compiler and of devices take a `sample`. Of the whole catalogue, tests of numbers see
+        each hazard with each number of rows, and the others each family in one dtype. Of a covering selection, tests of
+        numbers see each family and each pair of aspects, of which the number of rows is one, and tests of memory and
+        calling each aspect.
+        """
+        match names:
+            case ("hazard", *rows):
+                numbers = [(count,) for count in ROWS] if rows else [()]
+                hazards = [(hazard, *number) for hazard in self.accepted() for number in numbers]
+                return hazards if whole else covering(hazards, _family_and_pairs)
+            case ("family",):
+                families = self.families()
+                if not whole:
+                    families = covering(families, lambda hazard: aspects_of(hazard).items())
+                return [(hazard,) for hazard in families]
+            case _:
+                return [(hazard,) for hazard in self.samples()]
 
     def families(self) -> list[Hazard]:
         """Return each accepted family once, in dtypes that take turns."""
@@ -94,6 +117,15 @@ class LinearKernelConformance(PrepareTests, ProductTests, RuntimeTests, Contract
         A test that cannot pass yet is overridden by one that calls it, under `@pytest.mark.xfail(reason="…")`.
         """
         assert_intact(type(self), LinearKernelConformance)
+
+
+def _family_and_pairs(given: tuple[Hazard, *tuple[int, ...]]) -> list[Hashable]:
+    hazard, *rows = given
+    found = pairs({**aspects_of(hazard), "rows": tuple(rows)})
+    if rows == [0]:
+        # no numbers, in which nothing but that can be wrong
+        return [pair for pair in found if ("rows", (0,)) in pair]
+    return [hazard.family, *found]
 
 
 def standard_tests() -> tuple[str, ...]:

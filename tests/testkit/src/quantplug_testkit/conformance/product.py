@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 
 from quantplug_testkit.compare import assert_bitwise_equal
@@ -25,7 +24,6 @@ ROWS = (0, 1, 3, 17, 64, 200)
 class ProductTests(Subject):
     """`apply`, on well-behaved and on odd values."""
 
-    @pytest.mark.parametrize("rows", ROWS, ids="{}-rows".format)
     def test_product_is_within_the_derived_bound(self, hazard: Hazard, rows: int) -> None:
         """Each element of y is as near to the exact product as the declared arithmetic makes it."""
         case = self.case(hazard)

@@ -1,5 +1,5 @@
 """
-The surroundings: shapes, strides, memory, repetition, threads and the compiler.
+The surroundings: shapes, strides, memory, repetition, threads, the compiler, device graphs and streams.
 """
 
 from __future__ import annotations
@@ -122,6 +122,42 @@ class RuntimeTests(Subject):
         if torch.device(self.device).type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             pytest.skip("inductor needs g++ or clang++ on the CPU, and neither is here")
         _check_compiled(self.case(sample), "inductor", (17, 1))
+
+    def test_a_captured_graph_follows_its_input(self, sample: Hazard) -> None:
+        """Where the traits say graph-safe, a graph that was captured once gives the product of what x holds by then."""
+        if not self.kernel.traits.graph_safe or torch.device(self.device).type != "cuda":
+            pytest.skip("captures on a CUDA device what says that it is graph-safe")
+        case = self.case(sample)
+        for rows in (1, 17, 200):
+            x = case.inputs(rows)
+            case.apply(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = case.apply_plainly(x)
+            for seed in (1, 2):
+                x.copy_(case.inputs(rows, seed))
+                graph.replay()
+                case.check(x, y, f"y of a replayed graph for {rows} rows")
+
+    def test_streams_do_not_disturb_each_other(self, sample: Hazard) -> None:
+        """Calls on two streams at once give what each gives alone: they share no memory of the kernel's own."""
+        if torch.device(self.device).type != "cuda":
+            pytest.skip("takes streams of a CUDA device")
+        case = self.case(sample)
+        for rows in (1, 17, 200):
+            inputs = [case.inputs(rows, seed) for seed in range(2)]
+            alone = [case.apply(x) for x in inputs]
+            streams = [torch.cuda.Stream() for _ in inputs]
+            torch.cuda.synchronize()
+            results: list[list[torch.Tensor]] = [[], []]
+            for _ in range(20):
+                for x, stream, found in zip(inputs, streams, results, strict=True):
+                    with torch.cuda.stream(stream):
+                        found.append(case.apply_plainly(x))
+            torch.cuda.synchronize()
+            for x, expected, found in zip(inputs, alone, results, strict=True):
+                for y in found:
+                    case.check_again(expected, y, x, f"y for {rows} rows beside another stream")
 
 
 def _check_compiled(case: Case, backend: str, numbers_of_rows: tuple[int, ...]) -> None:

@@ -9,7 +9,8 @@ A vendor writes, in a test file of its own:
         device = "cuda"
 
 and nothing else. The layers come from a fixed catalogue (`problems.EXPERT_CATALOGUE`), of which the kernel's own
-`supports` selects those that it is tried on.
+`supports` selects those that it is tried on: all of them on the CPU, elsewhere a covering selection (`covering.py`),
+unless `QUANTPLUG_CATALOGUE=whole` asks for all.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ import pytest
 import torch
 
 from quantplug_testkit.conformance.contract import ContractTests
+from quantplug_testkit.conformance.covering import covering, generate, pairs, whole_catalogue
+from quantplug_testkit.conformance.experts.aspects import aspects_of_experts
 from quantplug_testkit.conformance.experts.hazard import ExpertHazard
 from quantplug_testkit.conformance.experts.prepare import ExpertPrepareTests
 from quantplug_testkit.conformance.experts.problems import EXPERT_CATALOGUE
-from quantplug_testkit.conformance.experts.product import ExpertProductTests
+from quantplug_testkit.conformance.experts.product import ROWS, ExpertProductTests
 from quantplug_testkit.conformance.experts.runtime import ExpertRuntimeTests
 from quantplug_testkit.conformance.intact import assert_intact, standard_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
 __all__ = ["EXPERT_CATALOGUE", "ExpertHazard", "MoEKernelConformance", "standard_expert_tests"]
+
+
+ARGUMENTS = (("hazard", "rows"), ("family",), ("form",), ("sample",))
+"""What standard tests take, by name."""
 
 
 class MoEKernelConformance(ExpertPrepareTests, ExpertProductTests, ExpertRuntimeTests, ContractTests):
@@ -45,20 +52,27 @@ class MoEKernelConformance(ExpertPrepareTests, ExpertProductTests, ExpertRuntime
         torch.set_num_threads(threads)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """
-        Give each test its hazards, out of those that the kernel accepts.
+        """Give each test its hazards, out of those that the kernel accepts: see `given`."""
+        generate(metafunc, ARGUMENTS, lambda names: self.given(names, whole=whole_catalogue(self.device)))
 
-        Tests of numbers take a `hazard` and see them all; tests of routing take a `family` and see each in one dtype;
-        tests of memory and calling take a `form` and see each format once; tests of the compiler take a `sample`.
+    def given(self, names: tuple[str, ...], *, whole: bool) -> list[tuple[ExpertHazard, *tuple[int, ...]]]:
         """
-        for argument, hazards in (
-            ("hazard", self.accepted),
-            ("family", self.families),
-            ("form", self.forms),
-            ("sample", self.samples),
-        ):
-            if argument in metafunc.fixturenames:
-                metafunc.parametrize(argument, [pytest.param(hazard, id=hazard.name) for hazard in hazards()])
+        Return what tests are given that take arguments of these names.
+
+        Tests of numbers take a `hazard` and a number of `rows`; tests of routing take a `family`; tests of memory and
+        calling take a `form`; tests of the compiler and of devices take a `sample`. Of the whole catalogue, tests of
+        numbers see each hazard with each number of rows, tests of routing each family in one dtype, and tests of memory
+        and calling each format once. Of a covering selection, tests of numbers see each family and each pair of
+        aspects, of which the number of rows is one, and tests of routing, memory and calling each aspect.
+        """
+        if names == ("hazard", "rows"):
+            products: list[tuple[ExpertHazard, *tuple[int, ...]]]
+            products = [(hazard, rows) for hazard in self.accepted() for rows in ROWS]
+            return products if whole else covering(products, _family_and_pairs)
+        hazards = {"family": self.families, "form": self.forms, "sample": self.samples}[names[0]]()
+        if not whole and names != ("sample",):
+            hazards = covering(hazards, lambda hazard: aspects_of_experts(hazard).items())
+        return [(hazard,) for hazard in hazards]
 
     def families(self) -> list[ExpertHazard]:
         """Return each accepted family once, in dtypes that take turns."""
@@ -91,6 +105,11 @@ class MoEKernelConformance(ExpertPrepareTests, ExpertProductTests, ExpertRuntime
         A test that cannot pass yet is overridden by one that calls it, under `@pytest.mark.xfail(reason="…")`.
         """
         assert_intact(type(self), MoEKernelConformance)
+
+
+def _family_and_pairs(given: tuple[ExpertHazard, *tuple[int, ...]]) -> list[Hashable]:
+    hazard, *rows = given
+    return [hazard.family, *pairs({**aspects_of_experts(hazard), "rows": tuple(rows)})]
 
 
 def standard_expert_tests() -> tuple[str, ...]:

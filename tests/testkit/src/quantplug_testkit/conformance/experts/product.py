@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 
 from quantplug_testkit.compare import assert_bitwise_equal
@@ -27,7 +26,6 @@ _MANY = 70
 class ExpertProductTests(ExpertSubject):
     """`apply`, on every routing."""
 
-    @pytest.mark.parametrize("rows", ROWS, ids="{}-rows".format)
     def test_result_is_within_the_derived_bound(self, hazard: ExpertHazard, rows: int) -> None:
         """Each element of y is as near to the exact one as the declared arithmetic makes it; some slots are padding."""
         case = self.case(hazard)
