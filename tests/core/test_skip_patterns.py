@@ -87,10 +87,10 @@ def test_what_real_configurations_say_is_accepted(pattern, mode):
 @pytest.mark.parametrize("mode", ["match", "fullmatch", "search"])
 def test_what_could_run_without_bound_is_refused_at_once(pattern, reason, mode):
     """The refusal names the pattern, where it stands, and why; and takes no time itself."""
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ConfigError) as error:
         vet(pattern, "config.json: quantization_config.ignore[3]", mode)
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
     assert error.value.code == "QP-SKIP-PATTERN"
     assert error.value.where == "config.json: quantization_config.ignore[3]"
     assert reason in error.value.what
@@ -203,19 +203,19 @@ def test_every_accepted_pattern_ends_in_bounded_time():
 @pytest.mark.parametrize("below", [False, True])
 def test_globs_take_linear_time(below):
     accepts = compile_glob("*a" * 100 + "b", "here", below=below).accepts
-    started = time.perf_counter()
+    started = time.thread_time()
     assert not accepts("a" * MAX_NAME)
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 def test_matching_as_a_whole_has_a_time_limit():
     """Many costly patterns, each bounded, stop with an error; a fresh index then works."""
     entries = [Entry(p, EntryKind.REGEX, p, "here") for p in (r"[a-c]*[a-d]*[XY]", r"[a-c]*[a-d]*[a-e]{0,99}X")]
     index = RuleIndex(entries, seconds=0.05)
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ConfigError) as error:
         all(index.hits("abc" * 60 + str(number)) == [] for number in range(10_000))
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
     assert error.value.code == "QP-SKIP-PATTERN"
     assert re.fullmatch(r"after [\d,]+ module names", error.value.where)
     assert "matching has taken 0.05 s; the costliest of 2 patterns is '[a-c]*[a-d]*[a-e]{" in error.value.what

@@ -94,7 +94,7 @@ def test_a_section_that_engines_would_stumble_over_is_not_read(reader, method, s
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
 def test_hostile_expressions_are_never_run(reader):
     hostile = "(a+)+$"
-    started = time.perf_counter()
+    started = time.thread_time()
     for method, section in (
         ("fp8", {"modules_to_not_convert": [hostile]}),
         ("compressed-tensors", {"ignore": [f"re:{hostile}"], "config_groups": {"g": {"targets": ["Linear"]}}}),
@@ -104,7 +104,7 @@ def test_hostile_expressions_are_never_run(reader):
         ("auto-round", {"extra_config": {hostile: {"bits": 16}}}),
     ):
         assert reader.decides(method, section, "a" * 300 + "b") in (None, "quantized")
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def test_a_malformed_expression_stops_the_engine():
