@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug.weight import Prepared, Weight
@@ -113,6 +115,41 @@ def test_the_compiler_sees_one_operator() -> None:
     x = inputs(3)
     compiled = torch.compile(lambda given: KERNEL.apply(given, prepared, None), fullgraph=True)
     assert torch.equal(compiled(x), KERNEL.apply(x, prepared, None))
+
+
+class Seen(TorchDispatchMode):
+    """What operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operator_is_called_where_somebody_sees_it_and_not_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's way to it takes as long on the host as a small product on the GPU."""
+    prepared, _ = layer("int4")
+    x, operator = inputs(3), "quantplug_marlin.linear.default"
+    wanted = KERNEL.apply(x, prepared, None)
+    with Seen() as seen:
+        assert_bitwise_equal(KERNEL.apply(x, prepared, None), wanted, "y while operators are watched")
+    assert seen.names.count(operator) == 1
+    traced = make_fx(lambda given: KERNEL.apply(given, prepared, None))(x)
+    assert operator in traced.code
+    called = []
+    monkeypatch.setattr(launch, "linear", lambda *given: called.append(len(given)) or wanted)
+    KERNEL.apply(x.clone().requires_grad_(), prepared, None)
+    with torch.device("cuda"):
+        KERNEL.apply(x, prepared, None)
+    KERNEL.apply(torch.nn.Parameter(x, requires_grad=False), prepared, None)
+    assert len(called) == 3
+    KERNEL.apply(x, prepared, None)
+    with torch.no_grad():
+        KERNEL.apply(x.clone().requires_grad_(), prepared, None)
+    assert len(called) == 3
 
 
 CUTS = (

@@ -11,7 +11,7 @@ import torch
 from quantplug_marlin.choice import every_choice
 from quantplug_marlin.device import build_all, target_of
 from quantplug_marlin.form import Form, form_of
-from quantplug_marlin.launch import dense_definitions, linear
+from quantplug_marlin.launch import dense_definitions, linear_for
 from quantplug_marlin.launch import dequantize as dequantize_part
 from quantplug_marlin.slots import Slots
 from quantplug_marlin.unpack import canonical
@@ -51,7 +51,7 @@ def apply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> tor
     meta, tensors = prepared.meta, prepared.tensors
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if meta["parts"] == 1:
-        y = linear(
+        y = linear_for(flat, bias)(
             flat,
             tensors["codes.0"],
             tensors.get("scales.0"),
@@ -63,7 +63,7 @@ def apply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> tor
             meta["form.0"],
         )
     else:
-        results, first = [], 0
+        results, first, linear = [], 0, linear_for(flat, bias)
         for number in range(meta["parts"]):
             rows = meta[f"rows.{number}"]
             part = None if bias is None else bias[first : first + rows]

@@ -57,7 +57,6 @@ class Function(NamedTuple):
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    library.cuLaunchKernelEx.argtypes = [ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     library.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
     library.cuCtxSetCurrent.argtypes = [ctypes.c_void_p]
@@ -96,7 +95,7 @@ class Launch:
             that one itself.
     """
 
-    __slots__ = ("_config", "_function", "_launch")
+    __slots__ = ("_config", "_device", "_handle", "_launch")
 
     def __init__(
         self,
@@ -108,24 +107,25 @@ class Launch:
         *,
         overlap: bool,
     ) -> None:
-        self._function = function
-        self._launch = _library().cuLaunchKernelEx
-        self._config = _Config(
-            (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1), shared_bytes, stream, None, 0
-        )
+        config = _Config((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1), shared_bytes, stream, None, 0)
         if overlap:
-            self._config.attributes = ctypes.cast(_ALLOW_OVERLAP, ctypes.POINTER(_Attribute))
-            self._config.attribute_count = 1
+            config.attributes = ctypes.cast(_ALLOW_OVERLAP, ctypes.POINTER(_Attribute))
+            config.attribute_count = 1
+        # As the driver takes them, so that a call converts nothing; a reference keeps what it refers to.
+        self._launch = _library().cuLaunchKernelEx
+        self._config = ctypes.byref(config)
+        self._handle = ctypes.c_void_p(function.handle)
+        self._device = function.device
 
     def __call__(self, arguments: bytes) -> None:
         """Launch with the one argument that every kernel here takes: a structure, packed."""
-        parameters = _Parameters(arguments)
-        error = self._launch(self._config, self._function.handle, parameters, None)
+        error = self._launch(self._config, self._handle, _Parameters(arguments), None)
         if error == _INVALID_CONTEXT:
             # A thread that has not used the device yet; torch makes its context current only when it calls the runtime.
-            _use_context(self._function.device)
-            error = self._launch(self._config, self._function.handle, parameters, None)
-        _check(error, "cuLaunchKernelEx")
+            _use_context(self._device)
+            error = self._launch(self._config, self._handle, _Parameters(arguments), None)
+        if error:
+            _check(error, "cuLaunchKernelEx")
 
 
 @lru_cache(maxsize=4096)

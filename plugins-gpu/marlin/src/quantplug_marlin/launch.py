@@ -30,6 +30,9 @@ stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
 )
 """The current stream as the driver knows it: what torch's own compiled code calls, since a stream object costs 2 us."""
 
+_current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+"""Without the question whether CUDA is initialized: x lies there."""
+
 _OUT = {"bfloat16": 0, "float16": 1, "float32": 2}
 _THREADS = 256
 _MOST_GRID_Y = 65535
@@ -84,35 +87,29 @@ def way(
     return Way(launch, 0, cut.splits, Launch(adding, grid, _THREADS, 0, stream, overlap=False))
 
 
-def _linear(
+def linear_now(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None,
     factor: torch.Tensor | None, columns: torch.Tensor | None, bias: torch.Tensor | None, outputs: int, form: int,
 ) -> torch.Tensor:  # fmt: skip
+    """Do what the operator `linear` does."""
     rows, device = x.shape[0], x.get_device()
-    if torch.cuda.current_device() != device:
+    if _current_device() != device:
         with torch.cuda.device(device):
-            return _linear(x, codes, scales, zeros, factor, columns, bias, outputs, form)
+            return linear_now(x, codes, scales, zeros, factor, columns, bias, outputs, form)
     y = x.new_empty((rows, outputs))
     if rows == 0:
         return y
     stream = stream_of(device)
     if columns is not None or not is_readable(x):
         x = gather(x, columns, codes.shape[1] * 64, stream)
+    tiles, chunks, _ = codes.shape
+    dtype = x.dtype
     # Grids are the same for up to eight rows.
-    key = (
-        form,
-        x.dtype,
-        None if scales is None else scales.dtype,
-        outputs,
-        codes.shape[1],
-        -(-rows // 8),
-        device,
-        stream,
-    )
+    key = (form, dtype, None if scales is None else scales.dtype, outputs, chunks, (rows + 7) // 8, device, stream)
     chosen = _ways.get(key)
     if chosen is None:
-        stored = decode(form, half=x.dtype == torch.float16, scale=name_of(scales))
-        chosen = _ways[key] = way(stored, None, outputs, codes.shape[0], codes.shape[1], rows, device, stream)
+        stored = decode(form, half=dtype == torch.float16, scale=name_of(scales))
+        chosen = _ways[key] = way(stored, None, outputs, tiles, chunks, rows, device, stream)
     run(chosen, x, codes, scales, zeros, factor, bias, y)
     return y
 
@@ -127,19 +124,26 @@ def run(
         bias = bias.contiguous()
     tiles, chunks, _ = codes.shape
     groups = 1 if scales is None else scales.shape[1]
-    weight = (codes.data_ptr(), at(scales), at(zeros), at(factor), at(bias), y.data_ptr())
-    if chosen.box_rows:
-        half = x.dtype == torch.float16
-        x_map = matrix_map(x.data_ptr(), rows, x.shape[1], x.stride(0) * 2, chosen.box_rows, half=half)
-        chosen.multiply(x_map + _MULTIPLY_BOXES.pack(*weight, rows, outputs, tiles, chunks, groups))
-        return
-    shares = None
-    if chosen.splits > 1:
-        shares = torch.empty((chosen.splits, rows, outputs), dtype=torch.float32, device=y.device)
-    sizes = (rows, outputs, x.shape[1], tiles, chunks, groups)
-    chosen.multiply(_MULTIPLY.pack(x.data_ptr(), *weight, at(shares), x.stride(0) * 2, *sizes))
-    if chosen.add is not None:
-        chosen.add(_SHARES.pack(at(shares), at(factor), at(bias), y.data_ptr(), chosen.splits, rows, outputs))
+    multiply, box_rows, splits, add = chosen
+    weight = (
+        codes.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    inputs, stride = x.shape[1], x.stride(0) * 2
+    if box_rows:
+        x_map = matrix_map(x.data_ptr(), rows, inputs, stride, box_rows, half=x.dtype == torch.float16)
+        multiply(x_map + _MULTIPLY_BOXES.pack(*weight, rows, outputs, tiles, chunks, groups))
+    elif add is None:
+        multiply(_MULTIPLY.pack(x.data_ptr(), *weight, 0, stride, rows, outputs, inputs, tiles, chunks, groups))
+    else:
+        shares = torch.empty((splits, rows, outputs), dtype=torch.float32, device=y.device)
+        at_shares, sizes = shares.data_ptr(), (rows, outputs, inputs, tiles, chunks, groups)
+        multiply(_MULTIPLY.pack(x.data_ptr(), *weight, at_shares, stride, *sizes))
+        add(_SHARES.pack(at_shares, at(factor), at(bias), y.data_ptr(), splits, rows, outputs))
 
 
 def is_readable(x: torch.Tensor) -> bool:
@@ -225,9 +229,38 @@ def register(
 _WEIGHT = "Tensor codes, Tensor? scales, Tensor? zeros, Tensor? factor, Tensor? columns"
 
 linear = register(
-    "linear", f"(Tensor x, {_WEIGHT}, Tensor? bias, int outputs, int form) -> Tensor", _linear, _fake_linear
+    "linear", f"(Tensor x, {_WEIGHT}, Tensor? bias, int outputs, int form) -> Tensor", linear_now, _fake_linear
 )
 """`y [M, N] = x [M, K] @ W^T + bias` as one operator of torch, see `prepare.py` for the tensors."""
+
+_BYSTANDERS = tuple(
+    found
+    for found in (
+        getattr(torch._C, "_len_torch_dispatch_stack", None),
+        getattr(torch._C, "_len_torch_function_stack", None),
+        getattr(torch._C._functorch, "peek_interpreter_stack", None),
+        getattr(torch._C, "_get_tracing_state", None),
+    )
+    if found is not None
+)
+"""Each says whether some part of torch wants to see operators: modes of either kind, transformations, the tracer."""
+
+
+def linear_for(x: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    """
+    Return what computes a product: the operator, or at once what it does, where nobody would see the operator.
+
+    Torch's way to an operator's implementation in Python takes as long on the host as a small product on the GPU.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cuda:
+        return linear
+    if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+        return linear
+    for watches in _BYSTANDERS:
+        if watches():
+            return linear
+    return linear_now
+
 
 dequantize = register(
     "dequantize",
