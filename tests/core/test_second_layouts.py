@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from toy_checkpoints import toy_checkpoint
+from toy_experts import HIDDEN, container, toy_moe, write_moe
 
 from quantplug import dispatch
 from quantplug.draft import Draft
@@ -26,6 +27,7 @@ from quantplug.secondlayout import second_layout
 from quantplug.select import select
 from quantplug.spec import ElementType, LinearProblem, PerChannel, PerGroup, SegmentSpec, WeightSpec
 from quantplug.timings import Measurement, Timings, problem_key, versions_of
+from quantplug.writeback import stored_tensors
 from quantplug_testkit import toys
 
 Q, UP, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"))
@@ -267,3 +269,30 @@ def test_who_fails_to_prepare_the_second_is_named(directory):
         load_layers(made, directory, registry=registry_of(Few, Broken))
     assert raised.value.code == "QP-LOAD-PREPARE"
     assert "b.broken" in str(raised.value)
+
+
+def test_experts_are_read_once_for_each_layout(tmp_path):
+    directory = write_moe(tmp_path / "moe", toy_moe())
+    registry = registry_of(Few, Many)
+
+    def load(policy):
+        made = plan(directory, platform="cpu", registry=registry, policy=policy)
+        return made, load_layers(
+            made, directory, registry=registry, progress=lambda _, done, total: told.append((done, total))
+        )
+
+    told: list[tuple[int, int]] = []
+    made, result = load(Policy(layout_budget=10**9))
+    decision = made.decision_of(made.layer(container(0)))
+    assert decision.layouts == ("loop.a", "loop.b")
+    assert told[-1][0] == told[-1][1]
+    singles = [load(Policy.parse({"rule": [{"pin": name}]}, "test"))[1] for name in ("loop.a.few", "loop.b.many")]
+    few, many = (single.experts[container(0)] for single in singles)
+    both = result.experts[container(0)]
+    first = decision.choices[0].max_rows
+    for rows, alone in ((1, few), (first, few), (first + 1, many)):
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(rows, HIDDEN, generator=generator)
+        weights, ids = torch.rand(rows, 4, generator=generator).topk(2)
+        assert torch.equal(both(x, weights, ids), alone(x, weights, ids)), rows
+    assert dict(stored_tensors(result.experts)).keys() == {name for name in toy_moe() if "experts" in name}

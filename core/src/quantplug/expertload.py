@@ -54,15 +54,20 @@ def load_experts(
     Raises:
         CheckpointError, LoadError: as `load_layers`.
     """
-    stream = _Stream(layer, module, reader, ledger)
     if module.prepared:
-        for _ in stream.experts(lambda _: None):
+        for _ in _Stream(layer, module, reader, ledger).experts(lambda _: None):
             pass
-    stream = _Stream(layer, module, reader, ledger)
-    module.install(stream.experts(progress), device=device)
+    streams: list[_Stream] = []
+
+    def experts() -> Iterator[ExpertWeights]:
+        streams.append(_Stream(layer, module, reader, ledger))
+        # For a second layout they are read again.
+        return streams[-1].experts(progress if len(streams) == 1 else lambda _: None)
+
+    module.install(experts, device=device)
     module.sources = tuple(
         SourceTensor(str(checkpoint.directory / checkpoint.tensors[name].file), name, text)
-        for name, text in stream.digests().items()
+        for name, text in streams[-1].digests().items()
     )
 
 

@@ -19,7 +19,7 @@ from quantplug.preparedmodule import PreparedModule, named_tensors
 from quantplug.schemes import quantize_dense
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from quantplug.expertrules import ExpertFiles, ExpertLayer
     from quantplug.expertweights import ExpertWeights, PreparedExperts
@@ -54,7 +54,12 @@ class QuantizedExperts(PreparedModule):
             (choice.max_rows, registry.moe_kernel(choice.kernel).item) for choice in decision.choices
         )
         """The kernels by rising rows, each with the most that it serves."""
-        self._prepared: PreparedExperts | None = None
+        self._kernels: dict[str, MoEKernel] = {}
+        """The kernel that brings experts into each layout, that of a single row first."""
+        for _, kernel in self._choices:
+            self._kernels.setdefault(kernel.layout_id, kernel)
+        self._held: dict[str, PreparedExperts] = {}
+        """The experts in each layout."""
         self._activation: dict[int, tuple[ActivationParams | None, ...]] = {}
         self._specs: dict[int, tuple[WeightSpec, ...]] = {}
         """The contracts under which each expert is stored; several threads decode, each its own experts."""
@@ -120,7 +125,7 @@ class QuantizedExperts(PreparedModule):
         if self.prepared:
             for _ in experts():
                 pass  # all of them are right before one is overwritten
-        self.install(experts(), device=device)
+        self.install(experts, device=device)
 
     def _filled(self, expert: int) -> list[dict[str, torch.Tensor]]:
         """Return one expert's stored tensors out of the parameters."""
@@ -164,7 +169,7 @@ class QuantizedExperts(PreparedModule):
 
     def install(
         self,
-        experts: Iterable[ExpertWeights],
+        experts: Callable[[], Iterable[ExpertWeights]],
         *,
         device: torch.device | str = "cpu",
         sources: tuple[SourceTensor, ...] = (),
@@ -175,28 +180,31 @@ class QuantizedExperts(PreparedModule):
         A second call writes into the same memory, so that captured graphs stay valid.
 
         Args:
-            experts: all of them in the order of their numbers, from `decode`, each when it is asked for.
+            experts: yields all of them in the order of their numbers, from `decode`, each when it is asked for; called
+                once for each layout that they are kept in.
             device: where the layer will run.
             sources: where the tensors came from.
 
         Raises:
             LoadError: `QP-LOAD-PREPARE` when the kernel fails.
         """
-        kernel = self._choices[0][1]
-        with self._preparing(kernel):
-            prepared = kernel.prepare(self.problem, experts, torch.device(device), self._prepared)
-        named = prepared.named_tensors()
-        for name, tensor in named.items():
-            self.register_buffer(f"prepared_{name.replace('.', '_')}", tensor, persistent=False)
-        # Asked for as "cuda", a tensor lies on "cuda:0"; what x is compared with is where the tensors lie.
-        self._device = next(iter(named.values())).device
-        self._prepared = prepared
+        held: dict[str, PreparedExperts] = {}
+        for layout, kernel in self._kernels.items():
+            with self._preparing(kernel):
+                held[layout] = kernel.prepare(self.problem, experts(), torch.device(device), self._held.get(layout))
+        for number, prepared in enumerate(held.values()):
+            named = prepared.named_tensors()
+            for name, tensor in named.items():
+                self.register_buffer(f"prepared_{number}_{name.replace('.', '_')}", tensor, persistent=False)
+            # Asked for as "cuda", a tensor lies on "cuda:0"; what x is compared with is where the tensors lie.
+            self._device = next(iter(named.values())).device
+        self._held = held
         self.sources = sources
 
     @property
     def prepared(self) -> bool:
         """Whether there are weights, which a second `install` overwrites."""
-        return self._prepared is not None
+        return bool(self._held)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -219,16 +227,17 @@ class QuantizedExperts(PreparedModule):
         Raises:
             RunError: `QP-RUN-STATE`, `QP-RUN-SHAPE`, `QP-RUN-DTYPE`, `QP-RUN-DEVICE`.
         """
-        if self._prepared is None:
+        if not self._held:
             raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
         self._check(x, topk_weights, topk_ids)
         rows, chosen = x.reshape(-1, self.problem.hidden), topk_ids.reshape(-1, self.problem.top_k)
         kernel = kernel_for(self._choices, len(rows))
+        prepared = self._held[kernel.layout_id]
         weights = topk_weights.reshape(-1, self.problem.top_k).to(torch.float32)
         if not kernel.traits.graph_safe and torch.compiler.is_compiling():
-            y: torch.Tensor = _uncompiled(kernel, rows, weights, chosen, self._prepared, expert_map)
+            y: torch.Tensor = _uncompiled(kernel, rows, weights, chosen, prepared, expert_map)
         else:
-            y = kernel.apply(rows, weights, chosen, self._prepared, expert_map)
+            y = kernel.apply(rows, weights, chosen, prepared, expert_map)
         return y.view(x.shape)
 
     def _check(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
@@ -260,9 +269,10 @@ class QuantizedExperts(PreparedModule):
 
     def dequantize(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the float32 values that one expert multiplies with, `[I or 2I, H]` (gate, then up) and `[H, I]`."""
-        if self._prepared is None:
+        if not self._held:
             raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
-        return self._choices[0][1].dequantize(self._prepared, expert)
+        kernel = self._choices[0][1]
+        return kernel.dequantize(self._held[kernel.layout_id], expert)
 
     def encode(self) -> Iterator[tuple[str, torch.Tensor]]:
         """
@@ -272,13 +282,14 @@ class QuantizedExperts(PreparedModule):
             LoadError: `QP-LOAD-SOURCE` when the kernel has no way back, or what it holds is not what was stored:
                 projections that were joined, scales that were repeated, biases in another dtype.
         """
-        files, prepared = self._experts.files, self._prepared
+        files, kernel = self._experts.files, self._choices[0][1]
+        prepared = self._held.get(kernel.layout_id)
         as_stored = set(self._specs.values()) == {(*self.problem.w13, self.problem.w2)}
         if prepared is None or files.joined or files.stacked or self.problem.bias or not as_stored:
             raise self._no_way_back("these experts are kept in another form than they are stored in")
         for expert in range(self.problem.experts):
             try:
-                held = self._choices[0][1].unprepare(prepared, expert)
+                held = kernel.unprepare(prepared, expert)
             except NotImplementedError as error:
                 raise self._no_way_back(str(error)) from error
             weights = (*held.w13, held.w2)

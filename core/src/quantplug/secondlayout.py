@@ -19,6 +19,7 @@ from quantplug.spec import LinearProblem
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from quantplug.moe import MoEProblem
     from quantplug.plan import Candidate, LayerPlan
     from quantplug.platform import Platform
     from quantplug.registry import Registry
@@ -42,7 +43,7 @@ class SecondLayout:
 
 
 def second_layout(
-    problem: LinearProblem, decision: Decision, platform: Platform, registry: Registry
+    problem: LinearProblem | MoEProblem, decision: Decision, platform: Platform, registry: Registry
 ) -> SecondLayout | None:
     """
     Return the layout that gains most beside the one of a decision; None where none gains, or a policy named the kernel.
@@ -60,10 +61,11 @@ def second_layout(
     }
     if decision.kernel not in asked or asked[decision.kernel].policy:
         return None
+    whole = not isinstance(problem, LinearProblem) or problem.uniform
     layouts: dict[str, list[Candidate]] = {}
     for name, candidate in sorted(asked.items()):
         kernel = kernels[name].item
-        alike = problem.uniform or kernel.traits.uniform_segments == first.traits.uniform_segments
+        alike = whole or kernel.traits.uniform_segments == first.traits.uniform_segments
         if alike and may_join(kernel, first, platform):
             layouts.setdefault(kernel.layout_id, []).append(candidate)
     own = layouts.pop(first.layout_id)
@@ -92,8 +94,7 @@ def spend(
     """
     Return a plan's layers and decisions with second layouts for as many layers as the budget allows, in bytes.
 
-    Who gains most comes first; layers that ask the same get one together or not at all. Experts, which come from files
-    one after the other, keep one layout.
+    Who gains most comes first; layers that ask the same get one together or not at all.
     """
     if budget <= 0:
         return tuple(layers), tuple(decisions)
@@ -101,7 +102,7 @@ def spend(
     counts: dict[int, int] = {}
     for layer in layers:
         index, problem = layer.decision, layer.problem
-        if index is None or not isinstance(problem, LinearProblem):
+        if index is None or problem is None:
             continue
         if index not in counts and (offer := second_layout(problem, decisions[index], platform, registry)) is not None:
             found[index] = offer
@@ -120,6 +121,6 @@ def spend(
     ), tuple(made)
 
 
-def _bytes(problem: LinearProblem, candidate: Candidate) -> int:
+def _bytes(problem: LinearProblem | MoEProblem, candidate: Candidate) -> int:
     extra = candidate.verdict.extra_bytes if isinstance(candidate.verdict, Accepted) else 0
     return problem.stored_bytes + extra

@@ -65,8 +65,8 @@ def check(directory, written, experts=None):
             if experts is not None and experts[path][number].biases:
                 gate_bias, up_bias, down_bias = experts[path][number].biases
                 held = dict(module.named_buffers())
-                assert torch.equal(held["prepared_b13"][number], torch.cat([gate_bias, up_bias]).float())
-                assert torch.equal(held["prepared_b2"][number], down_bias.float())
+                assert torch.equal(held["prepared_0_b13"][number], torch.cat([gate_bias, up_bias]).float())
+                assert torch.equal(held["prepared_0_b2"][number], down_bias.float())
     return made, loaded
 
 

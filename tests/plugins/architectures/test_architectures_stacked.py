@@ -102,8 +102,8 @@ def test_gpt_oss_as_it_is_released(models, tmp_path):
             assert torch.equal(w13, torch.cat([both[0::2], both[1::2]]))
             assert torch.equal(w2, down)
             gate_bias, up_bias, down_bias = tiny.experts[container][number].biases
-            assert torch.equal(held["prepared_b13"][number], torch.cat([gate_bias, up_bias]).float())
-            assert torch.equal(held["prepared_b2"][number], down_bias.float())
+            assert torch.equal(held["prepared_0_b13"][number], torch.cat([gate_bias, up_bias]).float())
+            assert torch.equal(held["prepared_0_b2"][number], down_bias.float())
 
 
 def test_gpt_oss_as_modelopt_writes_it(models, tmp_path):
