@@ -123,8 +123,8 @@ def test_every_spelling_loads_the_same_experts(name, tmp_path):
         w13, w2 = module.dequantize(number)
         assert torch.equal(w13, torch.cat([weight.dequantize() for weight in weights[:-1]]))
         assert torch.equal(w2, weights[-1].dequantize())
-        assert torch.equal(held["prepared_b13"][number], torch.cat(biases[:-1]))
-        assert torch.equal(held["prepared_b2"][number], biases[-1])
+        assert torch.equal(held["prepared_0_b13"][number], torch.cat(biases[:-1]))
+        assert torch.equal(held["prepared_0_b2"][number], biases[-1])
     sources = {source.name for source in module.sources}
     assert sources == set(tensors_of(files, experts))
 
