@@ -1,27 +1,33 @@
 """
-Linear layers on a GPU, beside peers in the same run: `python -m benchmarks.gpu [--quick] [--only …] [--json FILE]`.
+Linear layers and experts on a GPU, beside peers in the same run: `python -m benchmarks.gpu [--quick] [--json FILE]`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.gpu.cases import FORMATS, QUICK_ROWS, QUICK_SHAPES, ROWS, SHAPES, Case
-from benchmarks.gpu.checking import check_all
+from benchmarks.gpu.cases import QUICK_ROWS, ROWS, linear_cases
+from benchmarks.gpu.ceilings import ceilings
+from benchmarks.gpu.checking import check_all, make, tasks_of
 from benchmarks.gpu.contenders import ours
-from benchmarks.gpu.measuring import ceilings, measure
+from benchmarks.gpu.experts import QUICK_TOKENS, TOKENS, expert_cases
+from benchmarks.gpu.formats import FORMATS
+from benchmarks.gpu.measuring import measure
 from benchmarks.gpu.peers import PEERS
-from benchmarks.gpu.table import HEADER, compact, everyone, row, summary
-from benchmarks.gpu.timing import COLD_BYTES
+from benchmarks.gpu.report import Report, markdown
+from benchmarks.gpu.table import Names, progress
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.cases import Case, Kind
+    from benchmarks.gpu.contenders import Contender, Role
 
 
 def main() -> None:
@@ -30,59 +36,70 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark measures a GPU: torch.cuda.is_available() is False here")
     started = time.monotonic()
-    rows = tuple(options.rows or (QUICK_ROWS if options.quick else ROWS))
-    shapes = QUICK_SHAPES if options.quick else SHAPES
-    mine = [contender.name for contender in ours()]
-    pairs = [(name, kind) for kind in FORMATS for name in mine if _wanted(f"{name}/{kind}", options.only)]
-    formats = [kind for kind in FORMATS if any(kind == wanted for _, wanted in pairs)]
-    peers = [maker() for maker in PEERS]
-    cases = [Case(kind, *shape) for kind in formats for shape in shapes]
-    tasks = [(name, case) for case in cases for name, kind in pairs if kind == case.format]
-    tasks += [(peer.name, case) for case in cases for peer in peers if peer.concerns(case)]
+    rows: dict[Kind, tuple[int, ...]] = {
+        "linear": tuple(options.rows or (QUICK_ROWS if options.quick else ROWS)),
+        "experts": tuple(options.tokens or (QUICK_TOKENS if options.quick else TOKENS)),
+    }
+    formats = [kind for kind in FORMATS if _wanted(kind, options.formats)]
+    cases = linear_cases(formats, quick=options.quick) + expert_cases(formats, quick=options.quick)
+    cases = [case for case in cases if case.kind in options.kinds]
+    contenders = _contenders(cases, options.only)
+    names = {kind: _names(contenders, kind) for kind in dict.fromkeys(case.kind for case in cases)}
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
-        checked = check_all(tasks, rows, Path(folder))
-        refusals = (f"not run: {r.name} for {r.case.format}: {r.refused}" for r in checked if r.refused)
-        print(*dict.fromkeys(refusals), sep="\n")
+        checked = check_all(tasks_of(contenders, cases, rows), Path(folder))
+        refusals = list(dict.fromkeys(f"{r.name}, {r.case.format}: {r.refused}" for r in checked if r.refused))
         ready = time.monotonic()
+        print(*(f"not run: {line}" for line in refusals), sep="\n")
+        slowest = sorted(checked, key=lambda result: -result.seconds)[:5]
+        print("longest to check:", *(f"{r.name}, {r.case.format}, {r.case.layer} {r.seconds:.0f} s;" for r in slowest))
         limits = ceilings()
-        print(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, reads {limits.read / 1e12:.2f} TB/s, does "
-            f"{limits.bf16 / 1e12:.0f} TFLOP/s in bf16 and {limits.fp8 / 1e12:.0f} in FP8; cold over {COLD_BYTES} bytes"
-        )
-        counted = [peer.name for peer in peers if not peer.informative]
-        names = list(dict.fromkeys(name for name, _ in pairs))
         points = []
-        print(*HEADER, sep="\n")
-        for point in measure(sorted(checked, key=lambda r: cases.index(r.case)), rows, limits, Path(folder)):
+        for point in measure(checked, cases, rows, limits, Path(folder)):
             points.append(point)
-            print(row(point, names, counted), flush=True)
-    print("", *everyone(points, [*names, *(peer.name for peer in peers)]), sep="\n")
-    print("", *compact(points, names, counted), sep="\n")
-    print("", *summary(points, names, counted), sep="\n")
-    print(f"\nchecked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s")
+            print(progress(point, names[point.kind]), flush=True)
+    machine = (
+        f"One {torch.cuda.get_device_name()}, torch {torch.__version__}: it reads {limits.read / 1e12:.2f} TB/s and "
+        f"does {limits.bf16 / 1e12:.0f} TFLOP/s in bfloat16, {limits.fp8 / 1e12:.0f} in FP8. "
+        f"Checked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s."
+    )
+    report = Report(machine, names, points, refusals)
     if options.json:
-        whole = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": asdict(limits),
-            "ours": names, "peers": counted, "points": [point.to_json() for point in points],
-            "checked": [asdict(result) for result in checked],
-        }  # fmt: skip
-        options.json.write_text(json.dumps(whole, indent=1))
+        report.write(options.json)
+    print("", *markdown(report), sep="\n")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures to a file")
-    parser.add_argument("--quick", action="store_true", help="two shapes and four numbers of rows")
-    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help="these numbers of rows")
+    parser.add_argument("--quick", action="store_true", help="fewer layers and numbers of rows")
+    parser.add_argument("--kinds", nargs="+", choices=("linear", "experts"), default=("linear", "experts"))
+    parser.add_argument("--rows", nargs="+", type=int, metavar="M", help="these numbers of rows of linear layers")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="these numbers of rows of experts")
+    parser.add_argument("--formats", nargs="+", default=["*"], metavar="FORMAT", help='such as "int4*"')
     parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="KERNEL/FORMAT",
-        help='which of our kernels, for which formats: "marlin*", "*/int4*", "cublas.w8a8/fp8 block w8a8"',
-    )  # fmt: skip
+        "--only", nargs="+", default=["*"], metavar="NAME", help='which contenders, such as "marlin*" "bf16*"'
+    )
     return parser.parse_args()
 
 
+def _contenders(cases: list[Case], patterns: list[str]) -> list[Contender]:
+    """Return everyone who takes part, ours before peers."""
+    found: list[Contender] = []
+    for kind in dict.fromkeys(case.kind for case in cases):
+        found += [make(name, kind) for name in ours(kind, [case for case in cases if case.kind == kind])]
+        found += [peer for maker in PEERS if (peer := maker()).kind == kind]
+    return [contender for contender in found if _wanted(contender.name, patterns)]
+
+
+def _names(contenders: list[Contender], kind: Kind) -> Names:
+    def of(role: Role) -> tuple[str, ...]:
+        return tuple(each.name for each in contenders if each.kind == kind and each.role == role)
+
+    return Names(of("ours"), of("peer"), of("reference"))
+
+
 def _wanted(name: str, patterns: list[str]) -> bool:
-    return any(fnmatchcase(name, pattern if "/" in pattern else f"{pattern}/*") for pattern in patterns)
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _memory() -> str | None:

@@ -1,127 +1,153 @@
 """
-What is measured: formats, shapes, numbers of rows, and weights of plausible values.
+What is measured: a layer in one number format. Linear layers are here, experts in `experts.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from benchmarks.gpu.formats import FORMATS, Format, made_weight, stored_bytes
 from quantplug.activations import read_activation
-from quantplug.spec import (
-    ElementType,
-    LinearProblem,
-    PerBlock,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    SegmentSpec,
-    WeightSpec,
-    scale_shape,
-)
-from quantplug.weight import ActivationParams, Weight
+from quantplug.spec import LinearProblem, SegmentSpec
+
+if TYPE_CHECKING:
+    from quantplug.moe import MoEProblem
+    from quantplug.spec import ActivationSpec
+    from quantplug.weight import Weight
+
+Kind = Literal["linear", "experts"]
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
 QUICK_SHAPES = ((4096, 4096), (4096, 14336))
 ROWS = (1, 4, 16, 32, 64, 128, 512, 2048, 8192)
 QUICK_ROWS = (1, 16, 128, 2048)
 
-_E4M3 = ElementType.FLOAT8_E4M3FN
-_X_SCALE = 4.0 / 448
-"""The stored scale of x: four standard deviations are the largest code."""
+_COMPARED = 32
+"""Rows at both ends that are held against what is right."""
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Case(ABC):
     """
-    One number format.
+    A layer in one number format, x and y in bfloat16; hashable, and as light as its name.
 
     Attributes:
-        name: as tables spell it.
-        weight: the numeric contract.
-        activation: what the file permits about x, as `quantplug.activations` spells it.
+        kind: of layer.
+        format: name of the format.
     """
 
-    name: str
-    weight: WeightSpec
-    activation: str = "none"
+    __slots__ = ()
+
+    kind: ClassVar[Kind]
+    format: str
 
     @property
-    def quantizes_x(self) -> bool:
-        """Whether x is multiplied in 8 bits."""
-        return self.activation != "none"
+    def of_format(self) -> Format:
+        """The format."""
+        return FORMATS[self.format]
 
+    @property
+    def permission(self) -> ActivationSpec | None:
+        """What kernels are told about x."""
+        return read_activation(self.of_format.activation, self.format)
 
-FORMATS = {
-    format.name: format
-    for format in (
-        Format("int4 g128", WeightSpec(ElementType.INT4, PerGroup(128), "float16")),
-        Format("fp8 weight-only", WeightSpec(_E4M3, PerChannel(), "float32")),
-        Format("mxfp8 weight-only", WeightSpec(_E4M3, PerGroup(32), "float8_e8m0fnu")),
-        Format("fp8 tensor w8a8", WeightSpec(_E4M3, PerTensor(), "float32"), "float8_e4m3fn/tensor/static"),
-        Format("fp8 channel w8a8", WeightSpec(_E4M3, PerChannel(), "float32"), "float8_e4m3fn/token/dynamic"),
-        Format("fp8 block w8a8", WeightSpec(_E4M3, PerBlock(128, 128), "float32"), "float8_e4m3fn/group128/dynamic"),
-    )
-}
+    @property
+    @abstractmethod
+    def layer(self) -> str:
+        """The layer as tables spell it."""
+
+    @property
+    @abstractmethod
+    def problem(self) -> LinearProblem | MoEProblem:
+        """What kernels are asked about."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> int:
+        """Weights of the layer."""
+
+    @abstractmethod
+    def inputs(self, rows: int, device: torch.device) -> list[Any]:
+        """Return what calls are given, in turns."""
+
+    @abstractmethod
+    def read_bytes(self, rows: int) -> float:
+        """Return the bytes of weights that a call must read, on average over its inputs."""
+
+    @abstractmethod
+    def operations(self, rows: int) -> float:
+        """Return the products and sums of a call."""
+
+    @abstractmethod
+    def right(self, given: Any, *, quantized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return numbers of some rows, and float32 y of those.
+
+        Args:
+            given: one of `inputs`.
+            quantized: whether what enters a product is quantized as the format permits.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One layer: y `[M, N]` = x `[M, K]` W^T in bfloat16."""
+class LinearCase(Case):
+    """One linear layer: y `[M, N]` = x `[M, K]` W^T."""
+
+    kind = "linear"
 
     format: str
     n: int
     k: int
 
     @property
-    def problem(self) -> LinearProblem:
-        """What kernels are asked about."""
-        kind = FORMATS[self.format]
-        permission = read_activation(kind.activation, self.format)
-        return LinearProblem(self.k, (SegmentSpec(self.n, kind.weight),), "bfloat16", activation=permission)
+    def layer(self) -> str:
+        """N and K."""
+        return f"{self.n} x {self.k}"
 
     @property
-    def bytes(self) -> int:
-        """Bytes of codes and scales at their stored width: what a product must read at least."""
-        spec = FORMATS[self.format].weight
-        rows, groups = scale_shape(spec.granularity, self.n, self.k)
-        scale_bits = {"float16": 16, "float32": 32, "float8_e8m0fnu": 8}[spec.scale_dtype]
-        return (self.n * self.k * spec.element.bits + rows * groups * scale_bits) // 8
+    def problem(self) -> LinearProblem:
+        """One segment."""
+        segments = (SegmentSpec(self.n, self.of_format.weight),)
+        return LinearProblem(self.k, segments, "bfloat16", activation=self.permission)
+
+    @property
+    def weights(self) -> int:
+        """N times K."""
+        return self.n * self.k
 
     def weight(self, device: torch.device) -> Weight:
-        """Return a weight whose values are about 1 in size; the same for the same case."""
-        spec = FORMATS[self.format].weight
-        generator = torch.Generator(device).manual_seed(self.n + self.k)
+        """Return the layer's weight, the same every time."""
+        return made_weight(self.of_format.weight, self.n, self.k, self.n + self.k, device)
 
-        def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.randint(low, high, shape, generator=generator, device=device, dtype=dtype)
-
-        shape = scale_shape(spec.granularity, self.n, self.k)
-        if spec.element is ElementType.INT4:
-            codes = integers(-8, 8, (self.n, self.k), torch.int8)
-        else:
-            # Without the two codes that are not numbers, and not larger than 8.
-            codes = (integers(0, 256, (self.n, self.k), torch.uint8) & 0xBF).view(torch.float8_e4m3fn)
-        if spec.scale_dtype == "float8_e8m0fnu":
-            scales = integers(118, 122, shape, torch.uint8).view(torch.float8_e8m0fnu)
-        else:
-            scales = torch.rand(shape, generator=generator, device=device) * 0.01 + 0.005
-            scales = scales.to(getattr(torch, spec.scale_dtype))
-        return Weight(codes, scales, spec)
-
-    def activation(self) -> ActivationParams | None:
-        """Return what the file stores about x."""
-        if not FORMATS[self.format].activation.endswith("static"):
-            return None
-        return ActivationParams(torch.tensor(_X_SCALE))
-
-    def inputs(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Return x `[M, K]`, standard normal."""
+    def inputs(self, rows: int, device: torch.device) -> list[torch.Tensor]:
+        """Return one x `[M, K]`, standard normal."""
         generator = torch.Generator(device).manual_seed(rows)
-        return torch.randn(rows, self.k, generator=generator, device=device).to(torch.bfloat16)
+        return [torch.randn(rows, self.k, generator=generator, device=device).to(torch.bfloat16)]
+
+    def read_bytes(self, rows: int) -> float:
+        """All of them, once."""
+        return stored_bytes(self.of_format.weight, self.n, self.k)
+
+    def operations(self, rows: int) -> float:
+        """Two per row and weight."""
+        return 2.0 * rows * self.weights
+
+    def right(self, given: torch.Tensor, *, quantized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Multiply with what the weight stands for."""
+        some = ends(given.shape[0], _COMPARED).to(given.device)
+        x = given[some]
+        values = self.weight(given.device).dequantize(torch.float32)
+        return some, (self.of_format.as_permitted(x) if quantized else x.to(torch.float32)) @ values.t()
 
 
-def on_cpu(weight: Weight) -> Weight:
-    """Return the same weight on the CPU, where kernels take it from."""
-    return Weight(weight.codes.cpu(), weight.scales.cpu(), weight.spec)
+def ends(rows: int, count: int) -> torch.Tensor:
+    """Return the numbers of the first and the last rows, `count` each."""
+    return torch.tensor(sorted({*range(min(rows, count)), *range(max(0, rows - count), rows)}))
+
+
+def linear_cases(formats: list[str], *, quick: bool) -> list[Case]:
+    """Return the linear layers in some formats, format by format."""
+    return [LinearCase(kind, *shape) for kind in formats for shape in (QUICK_SHAPES if quick else SHAPES)]

@@ -1,23 +1,36 @@
 """
-Who is measured: what they hold of a weight, what they make of x beforehand, and the call that is timed.
+Who is measured: what they hold of a layer, what they make of x beforehand, and the call that is timed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from benchmarks.gpu.cases import FORMATS, Case, on_cpu
+from benchmarks.gpu.cases import LinearCase
+from benchmarks.gpu.experts import ExpertCase, Routed
 from quantplug.detect import detect
+from quantplug.expertweights import PreparedExperts
 from quantplug.kernel import Accepted
 from quantplug.plugins import registry
-from quantplug.weight import Prepared
+from quantplug.weight import Prepared, Weight
 
 if TYPE_CHECKING:
+    from benchmarks.gpu.cases import Case, Kind
     from quantplug.kernel import LinearKernel
+    from quantplug.moekernel import Kernel, MoEKernel
+
+Role = Literal["ours", "peer", "reference", "informative"]
+"""A peer multiplies the same quantized weights; a reference holds another layer, an informative one does less work."""
+
+MANY = 512
+"""Rows from which on dequantizing at every call is worth measuring."""
+
+FEW = 128
+"""Rows up to which the portable kernel is: beyond them it is slower than bfloat16, by up to seven times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,57 +45,54 @@ class Contender(ABC):
     """One implementation. Stateless: it is made anew, by name, in every process."""
 
     name: str
-    peer = True
-    """Whether it is somebody else's, to be compared with."""
-    informative = False
-    """Whether it leaves out a part of the work (x is given in 8 bits), and so does not count."""
+    kind: Kind = "linear"
+    role: Role = "peer"
 
     quick_to_prepare = True
     """Whether preparing takes milliseconds, so that it is simply done again."""
 
+    slow_to_compile = False
+    """Whether its kernels take so long to compile that it has to begin first."""
+
     @abstractmethod
-    def refuses(self, case: Case) -> str:
+    def refuses(self, case: Any) -> str:
         """Return why it does not run a case, or ""."""
 
     @abstractmethod
-    def prepare(self, case: Case) -> Held:
-        """Return what it holds of the case's weight."""
+    def prepare(self, case: Any) -> Held:
+        """Return what it holds of the case's weights."""
 
-    def concerns(self, case: Case) -> bool:
+    def concerns(self, case: Any) -> bool:
         """Return whether a format is any of its business; nobody is told of others."""
         return True
 
-    def quantizes_x(self, case: Case) -> bool:
+    def quantizes_x(self, case: Any) -> bool:
         """Return whether it multiplies x as the format permits, and not as it is."""
         return False
 
-    def ready(self, x: torch.Tensor, case: Case) -> Any:
-        """Return what the call takes in place of x, made outside of the time that is measured."""
-        return x
+    def ready(self, given: Any, case: Any) -> Any:
+        """Return what the call takes in place of an input, made outside of the time that is measured."""
+        return given
 
     @abstractmethod
-    def call(self, x: Any, held: Held, case: Case) -> torch.Tensor:
-        """Return y `[M, N]`: what is timed."""
+    def call(self, given: Any, held: Held, case: Any) -> torch.Tensor:
+        """Return y: what is timed."""
 
-    def rows(self, asked: tuple[int, ...], case: Case) -> tuple[int, ...]:
+    def rows(self, asked: tuple[int, ...], case: Any) -> tuple[int, ...]:
         """Return the numbers of rows that are worth measuring."""
         return asked
 
 
-class Ours(Contender):
+class _Installed(Contender):
     """A kernel that is installed as a plugin, or that the core makes of one."""
 
-    peer = False
-    quick_to_prepare = False
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.kernel: LinearKernel = registry().kernel(name).item
+    role = "ours"
+    kernel: Kernel
 
     def refuses(self, case: Case) -> str:
         """Ask the kernel, then let it try itself out."""
         platform = detect()
-        verdict = self.kernel.supports(case.problem, platform)
+        verdict = self.kernel.supports(case.problem, platform)  # type: ignore[arg-type]  # kernel and case are of a kind
         if not isinstance(verdict, Accepted):
             return verdict.reason
         refusal = self.kernel.probe(platform)
@@ -90,35 +100,74 @@ class Ours(Contender):
 
     def quantizes_x(self, case: Case) -> bool:
         """As the kernel's verdict says."""
-        verdict = self.kernel.supports(case.problem, detect())
+        verdict = self.kernel.supports(case.problem, detect())  # type: ignore[arg-type]  # as above
         return isinstance(verdict, Accepted) and verdict.quantizes_x
 
-    def prepare(self, case: Case) -> Held:
+
+class Ours(_Installed):
+    """A kernel for linear layers."""
+
+    kernel: LinearKernel
+    quick_to_prepare = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kernel = registry().kernel(name).item
+
+    def prepare(self, case: LinearCase) -> Held:
         """Let the kernel prepare the layer as a loader does."""
         device = torch.device("cuda")
-        weight = on_cpu(case.weight(device))
-        prepared = self.kernel.prepare(case.problem, [weight], [case.activation()], device)
+        weight = case.weight(device)
+        on_cpu = Weight(weight.codes.cpu(), weight.scales.cpu(), weight.spec)
+        prepared = self.kernel.prepare(case.problem, [on_cpu], [case.of_format.params()], device)
         return Held(dict(prepared.tensors), dict(prepared.meta))
 
-    def call(self, x: torch.Tensor, held: Held, case: Case) -> torch.Tensor:
+    def call(self, given: torch.Tensor, held: Held, case: LinearCase) -> torch.Tensor:
         """Run the layer."""
-        return self.kernel.apply(x, Prepared(self.kernel.layout_id, case.problem, held.tensors, held.facts), None)
+        return self.kernel.apply(given, Prepared(self.kernel.layout_id, case.problem, held.tensors, held.facts), None)
 
-    def rows(self, asked: tuple[int, ...], case: Case) -> tuple[int, ...]:
-        """Leave out what nobody would choose by far: the portable kernel for very many rows, dequantizing for few."""
-        if self.name == "triton.wna16":
-            return tuple(rows for rows in asked if rows <= 2048)
-        return tuple(rows for rows in asked if rows >= 2048) if self.name == "triton.wna16.dense" else asked
+    def rows(self, asked: tuple[int, ...], case: LinearCase) -> tuple[int, ...]:
+        """Leave out what nobody would choose by far."""
+        if self.name.startswith("triton."):
+            # Its tiles for few rows are not what a layer is dequantized for, either.
+            return () if self.name.endswith(".dense") else tuple(rows for rows in asked if rows <= FEW)
+        return tuple(rows for rows in asked if rows >= MANY) if self.name.endswith(".dense") else asked
 
 
-def ours() -> list[Contender]:
-    """Return the installed kernels for GPUs: those that accept any of the formats on this machine."""
-    platform = detect()
-    problems = [Case(name, 4096, 4096).problem for name in FORMATS]
-    found: list[Contender] = []
-    for name, provided in registry().kernels.items():
-        kernel = provided.item
-        accepts = any(isinstance(kernel.supports(problem, platform), Accepted) for problem in problems)
-        if accepts and not kernel.traits.fallback:
-            found.append(Ours(name))
-    return found
+class OurExperts(_Installed):
+    """A kernel for experts."""
+
+    kind = "experts"
+    kernel: MoEKernel
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kernel = registry().moe_kernel(name).item
+
+    def prepare(self, case: ExpertCase) -> Held:
+        """Let the kernel prepare one expert after the other; they are on the GPU already, which saves the time."""
+        device = torch.device("cuda")
+        prepared = self.kernel.prepare(case.problem, case.all_experts(device), device)
+        return Held(dict(prepared.tensors), dict(prepared.meta))
+
+    def call(self, given: Routed, held: Held, case: ExpertCase) -> torch.Tensor:
+        """Run the layer."""
+        prepared = PreparedExperts(self.kernel.layout_id, case.problem, held.tensors, held.facts)
+        return self.kernel.apply(given.x, given.weights, given.ids, prepared)
+
+
+def ours(kind: Kind, cases: list[Case]) -> list[str]:
+    """
+    Return the names of installed kernels for GPUs: those that accept any of some cases on this machine.
+
+    Experts one after the other are left out: 128 of them take 256 launches.
+    """
+    known, platform = registry(), detect()
+    kernels = known.kernels if kind == "linear" else known.moe_kernels
+    return [
+        name
+        for name, provided in kernels.items()
+        if not provided.item.traits.fallback
+        and not name.startswith("loop.")
+        and any(isinstance(provided.item.supports(case.problem, platform), Accepted) for case in cases)  # type: ignore[arg-type]  # kernels and cases are of a kind
+    ]

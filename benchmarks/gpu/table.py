@@ -1,9 +1,13 @@
 """
-The table: for each layer and number of rows the kernel that a plan takes, our fastest one, the fastest peer, the roof.
+The tables: what a plan takes and our fastest kernel beside the best peer, bfloat16 and the roof. All are Markdown.
+
+A peer multiplies the same quantized weights. bfloat16 on a copy that was dequantized once for all is a reference beside
+them: it holds two to four times the memory.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import exp, log
 from typing import TYPE_CHECKING
 
@@ -12,85 +16,149 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.measuring import Point
 
-_COLUMNS = (
-    "format", "N x K", "M", "chosen", "us", "our fastest", "us", "best peer", "us", "chosen / peer", "fastest / peer",
-    "roof / fastest",
-)  # fmt: skip
-HEADER = (f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|")
+LIMIT = 1.05
+"""Times the best peer's time: what no point should exceed."""
 
 
-def best(point: Point, names: Iterable[str]) -> tuple[str, float] | None:
-    """Return who is fastest of some contenders, and the microseconds; None when none of them ran."""
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Who is who: our kernels, peers, and bfloat16 of either kind of layer."""
+
+    ours: tuple[str, ...]
+    peers: tuple[str, ...]
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The fastest of some contenders."""
+
+    name: str
+    us: float
+
+
+def best(point: Point, names: Iterable[str]) -> Best | None:
+    """Return who is fastest of some contenders; None when none of them ran."""
     there = [(point.us[name], name) for name in names if name in point.us]
-    return (min(there)[1], min(there)[0]) if there else None
+    return Best(min(there)[1], min(there)[0]) if there else None
 
 
-def row(point: Point, ours: Sequence[str], peers: Sequence[str]) -> str:
-    """Return one line of the table."""
-    chosen = best(point, [point.chosen])
-    fastest, peer = best(point, ours), best(point, peers)
-    cells = [point.format, f"{point.n} x {point.k}", str(point.rows), point.chosen or "-", _us(chosen)]
-    cells += [fastest[0] if fastest else "-", _us(fastest), peer[0] if peer else "-", _us(peer)]
-    cells += [_ratio(chosen, peer), _ratio(fastest, peer)]
-    cells += [f"{point.roof_us / fastest[1]:.2f}" if fastest else "-"]
-    return f"| {' | '.join(cells)} |"
+def ratio(mine: Best | None, theirs: Best | None) -> float | None:
+    """Return one time over another; None where either did not run."""
+    return mine.us / theirs.us if mine and theirs else None
 
 
-def summary(points: Sequence[Point], ours: Sequence[str], peers: Sequence[str]) -> list[str]:
-    """Return the geometric means of the ratios to the best peer, by format and in all, and the worst of each."""
-    lines = ["| format | points | chosen / peer: mean, worst | fastest / peer: mean, worst |", "|---|---|---|---|"]
-    formats = list(dict.fromkeys(point.format for point in points))
-    for name in [*formats, "all"]:
-        some = [point for point in points if name in ("all", point.format)]
-        columns = []
-        for who in ("chosen", "fastest"):
-            ratios = []
-            for point in some:
-                mine = best(point, [point.chosen] if who == "chosen" else ours)
-                theirs = best(point, peers)
-                if mine and theirs:
-                    ratios.append((mine[1] / theirs[1], point))
-            columns.append(_spread(ratios))
-        lines.append(f"| {name} | {len(some)} | {columns[0]} | {columns[1]} |")
-    return lines
+def spelled(value: float | None, digits: int = 2) -> str:
+    """Return a number, or "-" for None."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
-def compact(points: Sequence[Point], ours: Sequence[str], peers: Sequence[str]) -> list[str]:
-    """Return a table with a line for each layer: of our fastest kernel the microseconds, and over the best peer's."""
+def progress(point: Point, names: Names) -> str:
+    """Return a line for somebody who waits."""
+    fastest, peer, dense = (best(point, who) for who in (names.ours, names.peers, names.references))
+    parts = [
+        f"{who} {found.name} {found.us:.1f}" for who, found in (("ours", fastest), ("peer", peer), ("", dense)) if found
+    ]
+    parts += [f"roof {point.roof_us:.1f}", f"chosen {point.chosen or '-'}", f"ratio {spelled(ratio(fastest, peer))}"]
+    return f"{point.format}, {point.layer}, M = {point.rows}: {', '.join(part.strip() for part in parts)}"
+
+
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """Return a short label for each name: its first letter, then "d" for `.dense`; numbered where two are alike."""
+    found: dict[str, str] = {}
+    for name in names:
+        label = name[0] + "d" * name.endswith(".dense")
+        taken = sum(other.rstrip("0123456789") == label for other in found.values())
+        found[name] = label + (str(taken + 1) if taken else "")
+    return found
+
+
+def legend(points: Sequence[Point], names: Names) -> str:
+    """Return what the labels of the kernels stand for that are fastest somewhere."""
+    short = labels(names.ours)
+    used = {found.name for point in points if (found := best(point, names.ours))}
+    return ", ".join(f"{short[name]} `{name}`" for name in names.ours if name in used)
+
+
+def compact(points: Sequence[Point], names: Names) -> list[str]:
+    """Return a line for each layer: our fastest kernel's microseconds, over the best peer, and bfloat16 over it."""
     rows = list(dict.fromkeys(point.rows for point in points))
-    lines = [f"| format | N x K | {' | '.join(f'M = {count}' for count in rows)} |", "|---" * (2 + len(rows)) + "|"]
-    layers: dict[tuple[str, int, int], dict[int, str]] = {}
+    lines = [f"| format | layer | {' | '.join(f'M = {count}' for count in rows)} |", "|---" * (2 + len(rows)) + "|"]
+    short = labels(names.ours)
+    layers: dict[tuple[str, str], dict[int, str]] = {}
     for point in points:
-        mine, theirs = best(point, ours), best(point, peers)
-        cell = f"{mine[1]:.1f} {mine[0].partition('.')[0]}" if mine else "-"
-        if mine and mine[0].endswith(".dense"):
-            cell += ".dense"
-        layers.setdefault((point.format, point.n, point.k), {})[point.rows] = f"{cell} ({_ratio(mine, theirs)})"
-    for (kind, n, k), cells in layers.items():
-        lines.append(f"| {kind} | {n} x {k} | {' | '.join(cells.get(count, '-') for count in rows)} |")
+        mine, peer, dense = (best(point, who) for who in (names.ours, names.peers, names.references))
+        cell = f"{mine.us:.1f} {short[mine.name]}" if mine else "-"
+        cell += f" ({spelled(ratio(mine, peer))}, {spelled(ratio(dense, mine), 1)}x)"
+        layers.setdefault((point.format, point.layer), {})[point.rows] = cell
+    for (kind, layer), cells in layers.items():
+        lines.append(f"| {kind} | {layer} | {' | '.join(cells.get(count, '-') for count in rows)} |")
     return lines
 
 
-def everyone(points: Sequence[Point], names: Sequence[str]) -> list[str]:
-    """Return a table of every contender's microseconds, one line for each layer and number of rows."""
-    lines = [f"| format | N x K | M | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
-    for point in points:
-        cells = [f"{point.us[name]:.1f}" if name in point.us else "-" for name in names]
-        lines.append(f"| {point.format} | {point.n} x {point.k} | {point.rows} | {' | '.join(cells)} |")
+def summary(points: Sequence[Point], names: Names) -> list[str]:
+    """Return, by format and in all, what is chosen and our fastest over the best peer, and bfloat16 over that."""
+    columns = (
+        "format", "points", "chosen, one layout / peer", "chosen, two layouts / peer", "fastest / peer",
+        "bfloat16 / fastest", "roof / fastest",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    formats = list(dict.fromkeys(point.format for point in points))
+    for name in [*formats, "all"] if len(formats) > 1 else formats:
+        some = [point for point in points if name in ("all", point.format)]
+        cells = [name, str(len(some))]
+        for chosen in ("chosen", "chosen_two"):
+            pairs = [(ratio(best(p, [getattr(p, chosen)]), best(p, names.peers)), p) for p in some]
+            cells.append(_spread(pairs))
+        cells.append(_spread([(ratio(best(p, names.ours), best(p, names.peers)), p) for p in some]))
+        cells.append(_mean([ratio(best(p, names.references), best(p, names.ours)) for p in some]))
+        cells.append(_mean([p.roof_us / mine.us for p in some if (mine := best(p, names.ours))]))
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _us(found: tuple[str, float] | None) -> str:
-    return f"{found[1]:.1f}" if found else "-"
+def above(points: Sequence[Point], names: Names) -> list[str]:
+    """Return a line for each point where what a plan takes, with two layouts, is above the limit; worst first."""
+    columns = ("format", "layer", "M", "chosen, two layouts", "us", "our fastest", "us", "best peer", "us", "ratio")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    found = []
+    for point in points:
+        chosen, mine, peer = best(point, [point.chosen_two]), best(point, names.ours), best(point, names.peers)
+        times = ratio(chosen, peer)
+        if times is not None and times > LIMIT:
+            cells = [point.format, point.layer, str(point.rows)]
+            for who in (chosen, mine, peer):
+                cells += [who.name, f"{who.us:.1f}"] if who else ["-", "-"]
+            found.append((times, f"| {' | '.join(cells)} | {times:.2f} |"))
+    return [*lines, *(line for _, line in sorted(found, key=lambda each: -each[0]))]
 
 
-def _ratio(mine: tuple[str, float] | None, theirs: tuple[str, float] | None) -> str:
-    return f"{mine[1] / theirs[1]:.2f}" if mine and theirs else "-"
+def everyone(points: Sequence[Point]) -> list[str]:
+    """Return every contender's microseconds, a line for each layer and contender, and the roof."""
+    rows = list(dict.fromkeys(point.rows for point in points))
+    lines = [f"| layer | contender | {' | '.join(f'M = {count}' for count in rows)} |", "|---" * (2 + len(rows)) + "|"]
+    layers: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        layers.setdefault((point.format, point.layer), []).append(point)
+    for (kind, layer), some in layers.items():
+        who = dict.fromkeys(name for point in some for name in point.us)
+        for name in ["roof", *who]:
+            at = {point.rows: point.roof_us if name == "roof" else point.us.get(name) for point in some}
+            lines.append(f"| {kind}, {layer} | {name} | {' | '.join(spelled(at.get(m), 1) for m in rows)} |")
+    return lines
 
 
-def _spread(ratios: list[tuple[float, Point]]) -> str:
-    if not ratios:
+def _mean(ratios: Iterable[float | None]) -> str:
+    there = [value for value in ratios if value is not None]
+    return f"{exp(sum(map(log, there)) / len(there)):.3f}" if there else "-"
+
+
+def _spread(pairs: Iterable[tuple[float | None, Point]]) -> str:
+    """Return the geometric mean of ratios, the worst and where it is, and how many are above the limit."""
+    there = [(value, point) for value, point in pairs if value is not None]
+    if not there:
         return "-"
-    mean = exp(sum(log(ratio) for ratio, _ in ratios) / len(ratios))
-    worst, point = max(ratios, key=lambda pair: pair[0])
-    return f"{mean:.3f}, {worst:.2f} ({point.n} x {point.k}, M = {point.rows})"
+    worst, point = max(there, key=lambda pair: pair[0])
+    beyond = sum(value > LIMIT for value, _ in there)
+    mean = _mean([value for value, _ in there])
+    return f"{mean}, worst {worst:.2f} ({point.layer}, M = {point.rows}), {beyond} of {len(there)} above {LIMIT}"

@@ -1,0 +1,94 @@
+"""The tables of benchmarks/gpu on made-up figures."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.gpu.measuring import Point
+from benchmarks.gpu.report import Report, markdown, read
+from benchmarks.gpu.table import Names, above, best, compact, everyone, labels, legend, progress, summary
+
+NAMES = Names(("marlin.wna16", "marlin.wna16.dense", "humming.w16"), ("humming", "torch int4"), ("bf16 F.linear",))
+
+
+def point(rows: int = 1, chosen: str = "marlin.wna16", two: str = "marlin.wna16", **us: float) -> Point:
+    spelled = {"marlin": "marlin.wna16", "dense": "marlin.wna16.dense", "bf16": "bf16 F.linear"}
+    times = {spelled.get(name, name): value for name, value in us.items()}
+    return Point("linear", "int4 g128", "4096 x 4096", rows, 2.5, chosen, two, times)
+
+
+def test_the_reference_is_no_peer():
+    some = [point(marlin=5.0, humming=10.0, bf16=4.0)]
+    assert compact(some, NAMES)[2] == "| int4 g128 | 4096 x 4096 | 5.0 m (0.50, 0.8x) |"
+    assert best(some[0], NAMES.peers).name == "humming"
+
+
+def test_a_summary_counts_what_is_above_the_limit():
+    some = [point(1, marlin=5.0, humming=10.0, bf16=20.0), point(16, marlin=8.0, dense=16.0, humming=4.0, bf16=8.0)]
+    _, _, line = summary(some, NAMES)
+    assert line == (
+        "| int4 g128 | 2 | 1.000, worst 2.00 (4096 x 4096, M = 16), 1 of 2 above 1.05 "
+        "| 1.000, worst 2.00 (4096 x 4096, M = 16), 1 of 2 above 1.05 "
+        "| 1.000, worst 2.00 (4096 x 4096, M = 16), 1 of 2 above 1.05 | 2.000 | 0.395 |"
+    )
+
+
+def test_one_layout_and_two_are_told_apart():
+    some = [point(2048, two="marlin.wna16.dense", marlin=20.0, dense=10.0, humming=10.0)]
+    _, _, line = summary(some, NAMES)
+    assert "2.000, worst 2.00" in line
+    assert "1.000, worst 1.00" in line
+    assert above(some, NAMES)[2:] == []
+
+
+def test_the_worst_point_above_the_limit_comes_first():
+    some = [
+        point(1, marlin=11.0, humming=10.0),
+        point(16, marlin=30.0, humming=10.0),
+        point(64, marlin=10.0, humming=10),
+    ]
+    assert above(some, NAMES)[2:] == [
+        "| int4 g128 | 4096 x 4096 | 16 | marlin.wna16 | 30.0 | marlin.wna16 | 30.0 | humming | 10.0 | 3.00 |",
+        "| int4 g128 | 4096 x 4096 | 1 | marlin.wna16 | 11.0 | marlin.wna16 | 11.0 | humming | 10.0 | 1.10 |",
+    ]
+
+
+def test_who_did_not_run_leaves_a_dash():
+    some = [point(1, marlin=5.0), point(16, chosen="", two="", humming=10.0)]
+    assert compact(some, NAMES)[2] == "| int4 g128 | 4096 x 4096 | 5.0 m (-, -x) | - (-, -x) |"
+    assert summary(some, NAMES)[2] == "| int4 g128 | 2 | - | - | - | - | 0.500 |"
+    assert above(some, NAMES)[2:] == []
+    assert progress(some[1], NAMES) == (
+        "int4 g128, 4096 x 4096, M = 16: peer humming 10.0, roof 2.5, chosen -, ratio -"
+    )
+
+
+def test_everyone_has_a_line_and_the_roof_has_one():
+    assert everyone([point(1, marlin=5.0, humming=10.0), point(16, marlin=6.0)])[2:] == [
+        "| int4 g128, 4096 x 4096 | roof | 2.5 | 2.5 |",
+        "| int4 g128, 4096 x 4096 | marlin.wna16 | 5.0 | 6.0 |",
+        "| int4 g128, 4096 x 4096 | humming | 10.0 | - |",
+    ]
+
+
+def test_labels_are_unlike():
+    assert labels(["marlin.moe", "marlin.wna16", "marlin.wna16.dense", "humming.w16"]) == {
+        "marlin.moe": "m", "marlin.wna16": "m2", "marlin.wna16.dense": "md", "humming.w16": "h",
+    }  # fmt: skip
+    assert legend([point(marlin=5.0, dense=1.0)], NAMES) == "md `marlin.wna16.dense`"
+
+
+@pytest.mark.parametrize("kinds", [("linear",), ("linear", "experts")])
+def test_a_report_reads_what_it_wrote(tmp_path, kinds):
+    points = [point(marlin=5.0, humming=10.0, bf16=20.0)]
+    if "experts" in kinds:
+        points.append(
+            Point("experts", "int4 g128", "Mixtral 8x7B", 1, 57.0, "marlin.moe", "marlin.moe", {"marlin.moe": 80})
+        )
+    names = {"linear": NAMES, "experts": Names(("marlin.moe",), (), ())}
+    report = Report("One GPU.", {kind: names[kind] for kind in kinds}, points, ["humming, fp8: not installed"])
+    report.write(tmp_path / "run.json")
+    assert read(tmp_path / "run.json") == report
+    lines = markdown(read(tmp_path / "run.json"))
+    assert lines[0] == "One GPU."
+    assert ("### Experts" in lines) == ("experts" in kinds)
+    assert lines[-1] == "- humming, fp8: not installed"
