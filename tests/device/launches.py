@@ -1,0 +1,81 @@
+"""
+Every way a kernel is launched, for the sanitizer to watch: `python -m tests.device.launches KERNEL`.
+
+Layers are those in which each aspect of the kernel's conformance catalogue occurs: all types, odd sizes, act-order,
+fused ones. Results are checked, too, so that what is watched is what the kernel is for.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from quantplug.detect import detect
+from quantplug.plugins import registry
+from quantplug_testkit.conformance import LinearKernelConformance
+from quantplug_testkit.conformance.experts import MoEKernelConformance
+
+ROWS = (0, 1, 3, 17, 64, 200)
+KINDS = ("spread", "mixed", "one-expert", "nowhere")
+
+
+def launch_linear(tests: LinearKernelConformance) -> int:
+    """Run some numbers of rows of each layer, x of any stride, and what dequantizes; return the number of layers."""
+    layers = tests.given(("family",), whole=False)
+    for (hazard,) in layers:
+        case = tests.case(hazard)
+        for rows in ROWS:
+            x = case.inputs(rows)
+            case.check(x, case.apply(x), f"{rows} rows")
+        tests.test_input_of_any_stride_is_read_right(hazard)
+        try:
+            case.kernel.dequantize(case.prepared, torch.bfloat16)
+        except NotImplementedError:
+            continue
+    return len(layers)
+
+
+def launch_experts(tests: MoEKernelConformance) -> int:
+    """Run each way to route some numbers of rows, x and routing of any stride; return the number of layers."""
+    layers = tests.given(("form",), whole=False)
+    for (hazard,) in layers:
+        case = tests.case(hazard)
+        for rows in ROWS:
+            for kind in KINDS if rows else ("spread",):
+                x, routing = case.inputs(rows), case.route(rows, kind)
+                case.check(x, routing, case.apply(x, routing), f"{rows} rows, {kind}")
+        tests.test_input_of_any_stride_is_read_right(hazard)
+        tests.test_routing_of_any_stride_is_read_right(hazard)
+    return len(layers)
+
+
+def launch_cuts() -> int:
+    """Run Marlin's products as every device cuts them: in clusters, shares and several tiles; return their number."""
+    from tests.device.test_marlin_layers import CUTS, test_every_way_to_cut_a_product_gives_it
+
+    for cut in CUTS:
+        for name in ("int4", "mxfp8"):
+            test_every_way_to_cut_a_product_gives_it(name, cut)
+    return 2 * len(CUTS)
+
+
+def main(name: str) -> int:
+    """Launch the kernel of that name."""
+    found, platform = registry(), detect(registry())
+    settings = {"platform": platform, "device": "cuda"}
+    if name in found.kernels:
+        tests = type("Tests", (LinearKernelConformance,), {"kernel": found.kernel(name).item, **settings})()
+        count = launch_linear(tests)
+        if name == "marlin.wna16":
+            count += launch_cuts()
+    else:
+        tests = type("Tests", (MoEKernelConformance,), {"kernel": found.moe_kernel(name).item, **settings})()
+        count = launch_experts(tests)
+    torch.cuda.synchronize()
+    print(f"{name}: {count} layers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""
+NVIDIA's compute-sanitizer over our own kernels: `python -m tests.device.sanitize [KERNEL …] [--tools TOOL …]`.
+
+Each tool watches each kernel in a process of its own, several at a time, with torch's caching allocator off: every
+tensor is an allocation of exactly its size, so that one byte read behind it is seen. Each tool must also find the fault
+that is planted for it. Ends with 0 where it does and finds no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.device.planted import TOOLS
+
+from quantplug.plugins import registry
+
+OURS = ("quantplug-marlin", "quantplug-triton", "quantplug-cublas")
+FOUND = 86
+"""What the sanitizer ends with where it found something."""
+
+
+class Run(NamedTuple):
+    """One tool over one kernel, or over what is planted for it where there is none."""
+
+    tool: str
+    kernel: str | None
+
+    @property
+    def name(self) -> str:
+        """What it is called in the table and on disk."""
+        return f"{self.tool}-{self.kernel or 'planted'}"
+
+
+def kernels() -> list[str]:
+    """Return the names of our own kernels; those that the core derives launch the same."""
+    found = registry()
+    provided = {**found.kernels, **found.moe_kernels}
+    return [
+        name
+        for name, each in provided.items()
+        if each.plugin in OURS and not name.startswith("loop.") and not name.endswith(".dense")
+    ]
+
+
+def watch(run: Run, sanitizer: str, logs: Path, limit: float) -> tuple[bool, str]:
+    """Return whether a run ended as it should, and what it said last."""
+    watched = ["tests.device.launches", run.kernel] if run.kernel else ["tests.device.planted", run.tool]
+    command = [sanitizer, "--tool", run.tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+    began, log = time.perf_counter(), logs / f"{run.name}.log"
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                [*command, sys.executable, "-m", *watched],
+                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            return False, f"not done after {limit:g} s"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = f"{lines[-1] if lines else 'nothing'} ({time.perf_counter() - began:.0f} s, ended with {done.returncode})"
+    return done.returncode == (0 if run.kernel else FOUND), said
+
+
+def main() -> int:
+    """Watch all that is asked for, and print a line for each."""
+    parser = argparse.ArgumentParser(description="compute-sanitizer over our GPU kernels")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="names; all of our own when left out")
+    parser.add_argument(
+        "--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="of the sanitizer; all when left out"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that one process may take")
+    parser.add_argument("--logs", type=Path, default=Path(".cache/sanitizer"), help="folder that all output goes to")
+    asked = parser.parse_args()
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        print(
+            "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin: it comes with NVIDIA's CUDA toolkit"
+        )
+        return 2
+    asked.logs.mkdir(parents=True, exist_ok=True)
+    runs = [Run(tool, kernel) for tool in asked.tools for kernel in (None, *(asked.kernels or kernels()))]
+    right = True
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        results = pool.map(lambda run: watch(run, sanitizer, asked.logs, asked.limit), runs)
+        for run, (ended_well, said) in zip(runs, results, strict=True):
+            right &= ended_well
+            print(f"{'ok  ' if ended_well else 'BAD '} {run.name:32} {said}", flush=True)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
