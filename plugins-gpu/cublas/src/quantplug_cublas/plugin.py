@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 from quantplug.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from quantplug.kernel import LinearKernel
+    from quantplug.moekernel import Kernel
 
 quantplug_api = ">=1,<2"
 
 
 @hookimpl
-def quantplug_kernels() -> list[LinearKernel]:
-    """Return the kernel for FP8 weights whose file permits to quantize x to FP8."""
+def quantplug_kernels() -> list[Kernel]:
+    """Return the kernels for FP8 weights whose file permits to quantize x to FP8: of linear layers, and of experts."""
+    from quantplug_cublas.experts import CublasExperts
     from quantplug_cublas.kernel import CublasKernel
 
-    return [CublasKernel()]
+    return [CublasKernel(), CublasExperts()]
