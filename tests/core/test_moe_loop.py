@@ -86,15 +86,19 @@ def test_what_it_rounds_is_what_both_products_and_the_loop_round() -> None:
     assert declared == {("weights", "float32"), ("gate_up", "bfloat16"), ("expert", "bfloat16")}
 
 
-def test_its_cost_is_that_of_the_experts_of_a_row() -> None:
+def test_its_cost_is_that_of_the_experts_that_rows_choose() -> None:
+    """A row pays for each of its experts; many rows for every expert once, and each for its own products."""
     loop = LoopKernel(ReferenceKernel())
     one, two = (loop.supports(replace(PROBLEM, top_k=top_k), CPU) for top_k in (1, 2))
+    first = ReferenceKernel().supports(PROBLEM.first, CPU)
     assert isinstance(one, Accepted)
     assert isinstance(two, Accepted)
-    assert two.cost.at(3) == pytest.approx(2 * one.cost.at(3))
-    first = ReferenceKernel().supports(PROBLEM.first, CPU)
     assert isinstance(first, Accepted)
     assert one.cost.at(1) > first.cost.at(1)
+    assert two.cost.at(1) == pytest.approx(2 * one.cost.at(1))
+    assert two.cost.at(2) == pytest.approx(2 * two.cost.at(1))  # four choices of four experts
+    row_us = two.cost.at(1001) - two.cost.at(1000)
+    assert two.cost.at(1000) - 1000 * row_us == pytest.approx(4 * (one.cost.at(1) - row_us / 2))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class LoopKernel(MoEKernel):
         fixed, row = (first.cost.at(0) + second.cost.at(0), first.cost.at(1) + second.cost.at(1))
         casts = (*first.casts, *second.casts, Cast("gate_up", problem.dtype), Cast("expert", problem.dtype))
         return Accepted(
-            Cost(problem.top_k * (fixed + _FIXED_US), problem.top_k * (row - fixed)),
+            _cost(problem, fixed + _FIXED_US, row - fixed),
             casts=tuple(dict.fromkeys(casts)),
             extra_bytes=problem.experts * (first.extra_bytes + second.extra_bytes),
             notes=("one expert after the other, each once the router is known", *_joined(first, second)),
@@ -225,3 +225,9 @@ def _each_once(chosen: torch.Tensor, weights: torch.Tensor, nobody: int) -> tupl
 
 def _joined(first: Accepted, second: Accepted) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*first.notes, *second.notes)))
+
+
+def _cost(problem: MoEProblem, expert_us: float, row_us: float) -> Cost:
+    """Return the cost of as many experts as rows choose, one after the other, and of all of them for many rows."""
+    every = Cost(problem.experts * expert_us, problem.top_k * row_us)
+    return Cost(0.0, problem.top_k * (expert_us + row_us), many=every)
