@@ -20,13 +20,15 @@ from quantplug.spec import (
     SegmentSpec,
     WeightSpec,
 )
-from quantplug_humming.kernel import HummingKernel, _probe
+from quantplug_humming.kernel import HummingKernel
+from quantplug_humming.probe import probe
 from quantplug_testkit.conformance import LinearKernelConformance
 
 KERNEL, GPU = HummingKernel(), Platform.parse("cuda:9.0")
 INT4 = WeightSpec(ElementType.INT4, PerGroup(128), "float16")
 FP8 = WeightSpec(ElementType.FLOAT8_E4M3FN, PerChannel(), "float32")
 MX = WeightSpec(ElementType.FLOAT8_E4M3FN, PerGroup(32), "float8_e8m0fnu")
+MXFP4 = replace(MX, element=ElementType.FLOAT4_E2M1FN)
 
 
 def asked(weight=INT4, n=4096, k=4096, dtype="bfloat16", *, bias=False):
@@ -37,7 +39,7 @@ def asked(weight=INT4, n=4096, k=4096, dtype="bfloat16", *, bias=False):
     ("problem", "casts", "extra"),
     [
         (asked(), ("scales", "weights", "splits"), 0),
-        (asked(k=1024), ("scales", "weights"), 0),
+        (asked(k=128), ("scales", "weights", "splits"), 0),
         (asked(replace(INT4, scale_dtype="bfloat16")), ("weights", "splits"), 0),
         (asked(replace(INT4, element=ElementType.UINT4), bias=True), ("scales", "weights", "partials", "splits"), 0),
         (asked(replace(INT4, element=ElementType.INT8)), ("scales", "weights", "splits"), 0),
@@ -46,7 +48,8 @@ def asked(weight=INT4, n=4096, k=4096, dtype="bfloat16", *, bias=False):
         (asked(replace(FP8, granularity=PerTensor()), bias=True), ("partials", "splits"), 0),
         (asked(replace(FP8, granularity=PerBlock(128, 128))), ("scales", "weights", "splits"), 8192 * 32 - 4 * 32 * 32),
         (asked(MX), ("splits",), 0),
-        (asked(n=576, k=576), ("scales", "weights"), (640 * 640 - 576 * 576) // 2 + 2 * (640 * 5 - 576 * 5)),
+        (asked(MXFP4), ("splits",), 0),
+        (asked(n=576, k=576), ("scales", "weights", "splits"), (640 * 640 - 576 * 576) // 2 + 2 * (640 * 5 - 576 * 5)),
     ],
 )  # fmt: skip
 def test_what_is_taken_declares_its_roundings(problem, casts, extra):
@@ -72,6 +75,7 @@ def test_what_is_taken_declares_its_roundings(problem, casts, extra):
         (asked(replace(INT4, granularity=PerGroup(48))), "cuda", "granularity", "groups of 48"),
         (asked(replace(FP8, granularity=PerBlock(64, 128))), "cuda", "granularity", "blocks of 64 x 128"),
         (asked(WeightSpec(ElementType.UINT4, PerChannel())), "cuda", "granularity", "uint4 per channel"),
+        (asked(replace(FP8, element=ElementType.FLOAT4_E2M1FN)), "cuda", "granularity", "float4_e2m1fn per channel"),
         (asked(k=0), "cuda", "shape", "in_features is 0"),
         (replace(asked(), segments=(SegmentSpec(64, INT4), SegmentSpec(64, FP8))), "cuda", "segments", "differ"),
     ],
@@ -95,7 +99,7 @@ def test_verdicts_keep_the_contract_on_every_question():
 def test_the_probe_says_that_the_package_is_missing(monkeypatch):
     assert KERNEL.probe(Platform.parse("cpu")) is None
     monkeypatch.setitem(sys.modules, "humming", None)
-    refusal = _probe.__wrapped__()
+    refusal = probe.__wrapped__()
     assert refusal is not None
     assert (refusal.code, refusal.fix) == ("dependency", "pip install humming-kernels")
 
@@ -106,11 +110,11 @@ def test_another_version_is_refused(monkeypatch, version, words):
     if version is not None:
         package.__version__ = version
     monkeypatch.setitem(sys.modules, "humming", package)
-    refusal = _probe.__wrapped__()
+    refusal = probe.__wrapped__()
     assert refusal is not None
     assert words in refusal.reason
     package.__version__ = "0.1.19"
-    assert _probe.__wrapped__() is None
+    assert probe.__wrapped__() is None
 
 
 def test_the_kernel_is_found_by_its_entry_point():

@@ -4,7 +4,6 @@ The kernel: weights of 4 and 8 bits through humming.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import LinearKernel, Rejected, Traits, Verdict
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 class HummingKernel(LinearKernel):
     """
-    `y = x W^T + b` for integers of 4 and 8 bits and float8_e4m3fn, x in bfloat16 and never quantized.
+    `y = x W^T + b` for integers of 4 and 8 bits, float8_e4m3fn and float4_e2m1fn, x in bfloat16 and never quantized.
 
     humming cuts long sums into parts and adds them up in bfloat16, in the order in which they come: results differ from
     call to call.
@@ -40,7 +39,9 @@ class HummingKernel(LinearKernel):
 
     def probe(self, platform: Platform) -> Rejected | None:
         """Look for the package; its kernels are compiled when a layer first runs, for each range of rows."""
-        return _probe() if platform.kind == "cuda" else None
+        from quantplug_humming.probe import probe
+
+        return probe() if platform.kind == "cuda" else None
 
     def prepare(
         self,
@@ -60,16 +61,3 @@ class HummingKernel(LinearKernel):
         from quantplug_humming.product import multiply
 
         return multiply(x, prepared, bias)
-
-
-@cache
-def _probe() -> Rejected | None:
-    """Return why the kernel cannot be used on this machine, or None."""
-    try:
-        import humming
-    except (ImportError, RuntimeError, OSError) as error:
-        return Rejected("dependency", f"humming cannot be imported: {error}", "pip install humming-kernels")
-    version = str(getattr(humming, "__version__", ""))
-    if not version.startswith("0.1."):
-        return Rejected("dependency", f"humming-kernels is {version or 'of an unknown version'}", "install 0.1.19")
-    return None

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 from quantplug.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from quantplug.kernel import LinearKernel
+    from quantplug.moekernel import Kernel
 
 quantplug_api = ">=1,<2"
 
 
 @hookimpl
-def quantplug_kernels() -> list[LinearKernel]:
-    """Return humming's kernel for weights of 4 and 8 bits and x in 16."""
+def quantplug_kernels() -> list[Kernel]:
+    """Return humming's kernels for weights of 4 and 8 bits and x in 16: of linear layers, and of experts."""
+    from quantplug_humming.experts import HummingExperts
     from quantplug_humming.kernel import HummingKernel
 
-    return [HummingKernel()]
+    return [HummingKernel(), HummingExperts()]

@@ -1,96 +1,85 @@
 """
-The product as one operator of torch, and the choice of humming's kernel by the number of rows.
+The product as one operator of torch.
 """
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug_humming.choice import choose
+from quantplug_humming.form import Form
 from quantplug_humming.locks import locks
 from quantplug_humming.prepare import layer_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from quantplug.weight import Prepared
 
 
+_VECTOR = 16
+
+
 def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `[..., N]` for x `[..., K]`."""
-    tensors, problem = prepared.tensors, prepared.problem
+    tensors, meta = prepared.tensors, prepared.meta
     y = linear(
         x.reshape(-1, x.shape[-1]),
         tensors["weight"],
         tensors["weight_scale"],
         tensors.get("zero_point"),
         bias,
-        problem.out_features,
-        layer_config(problem, bias=bias is not None).to_str(),
+        [meta[name] for name in Form._fields],
     )
-    return y.view(*x.shape[:-1], problem.out_features)
+    return y.view(*x.shape[:-1], meta["outputs"])
+
+
+def widened(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return x `[M, K]` on dense memory, aligned to 16 bytes, filled up with zeros to so many columns."""
+    if columns > x.shape[1]:
+        return torch.nn.functional.pad(x, (0, columns - x.shape[1]))
+    x = x.contiguous()
+    return x if x.data_ptr() % _VECTOR == 0 else x.clone()
 
 
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
-    bias: torch.Tensor | None, outputs: int, layer: str,
+    bias: torch.Tensor | None, facts: Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
+    form = Form(*facts)
     if x.shape[0] == 0:
-        return x.new_empty(0, outputs)
+        return x.new_empty(0, form.outputs)
     from humming.ops import humming_gemm
     from humming.transform import transform_humming_bias
 
-    config = _config(layer)
+    config = layer_config(form, bias=bias is not None)
+    choice = choose(form, bias is not None, 0, x.shape[0], x.device.index)
     if bias is not None:
-        bias = transform_humming_bias(torch.nn.functional.pad(bias, (0, config.shape_n - outputs)))
-    inputs = config.shape_k - config.pad_shape_k
+        bias = transform_humming_bias(widened(bias[None], config.shape_n)[0])
     y: torch.Tensor = humming_gemm(
-        layer_config=layer,
-        inputs=torch.nn.functional.pad(x, (0, inputs - x.shape[1])).contiguous(),
+        layer_config=config.to_str(),
+        inputs=widened(x, config.shape_k - config.pad_shape_k),
         weight=weight,
         weight_scale=scales,
         zero_point=zeros,
         bias=bias,
         locks=locks(x.device),
-        tuning_config=_tuning(layer, x.shape[0], x.device.index),
+        tuning_config=choice.tuning,
     )
-    return y if y.shape[1] == outputs else y[:, :outputs].contiguous()
-
-
-@cache
-def _config(layer: str) -> Any:
-    from humming.config import LayerConfig
-
-    return LayerConfig(**json.loads(layer))
-
-
-@cache
-def _ranges(layer: str, device: int) -> tuple[tuple[int, str], ...]:
-    """Return humming's choices: up to so many rows, this kernel."""
-    from humming.tune import get_heuristics_config
-
-    choices = get_heuristics_config(_config(layer), device=device)
-    return tuple((int(last), json.dumps(kernel)) for _, last, kernel in choices)
-
-
-@cache
-def _tuning(layer: str, rows: int, device: int) -> str:
-    """Return humming's choice for a number of rows; only what is used is compiled."""
-    return next(kernel for last, kernel in _ranges(layer, device) if rows <= last)
+    return y if y.shape[1] == form.outputs else y[:, : form.outputs].contiguous()
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
-          bias: torch.Tensor | None, outputs: int, layer: str) -> torch.Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], outputs)
+          bias: torch.Tensor | None, facts: Sequence[int]) -> torch.Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], Form(*facts).outputs)
 
 
 def _register() -> Callable[..., torch.Tensor]:
     torch.library.define(
         "quantplug_humming::linear",
-        "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int outputs, str layer) -> Tensor",
+        "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int[] facts) -> Tensor",
     )
     torch.library.impl("quantplug_humming::linear", "CUDA", _linear)
     torch.library.register_fake("quantplug_humming::linear", _fake)

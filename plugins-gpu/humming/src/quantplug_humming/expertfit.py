@@ -1,0 +1,90 @@
+"""
+Which mixtures of experts the kernel takes, which it refuses, and what they cost: known without a GPU and humming.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
+from quantplug.spec import LinearProblem, SegmentSpec
+from quantplug_humming.fit import DTYPE, bytes_held, casts, notes, reading_us, refuse, row_us
+from quantplug_humming.form import ALIGNED, form_of
+
+if TYPE_CHECKING:
+    from quantplug.moe import MoEProblem
+    from quantplug.platform import Platform
+
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+"""Those that `expertdevice.py` spells out."""
+
+MOST_EXPERTS = 1024
+"""Routing counts the choices of all experts at once."""
+
+_CALL_US = 16.0
+"""Five launches, on one H100."""
+
+
+def products(problem: MoEProblem) -> tuple[LinearProblem, LinearProblem]:
+    """
+    Return both products of an expert as humming runs them.
+
+    Gate and up, and so what lies between the products, are filled up to a multiple of 8 each.
+    """
+    width = -(-problem.intermediate // ALIGNED) * ALIGNED
+    segments = tuple(SegmentSpec(width, spec) for spec in problem.w13)
+    first = LinearProblem(problem.hidden, segments, problem.dtype, problem.bias)
+    return first, LinearProblem(width, (SegmentSpec(problem.hidden, problem.w2),), problem.dtype, problem.bias)
+
+
+def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
+    """Return whether the kernel runs a mixture of experts on a platform, and at what cost."""
+    refusal = _refuse_sizes(problem) or _refuse_function(problem)
+    if refusal is not None:
+        return refusal
+    both = products(problem)
+    for product in both:
+        refusal = refuse(product, platform)
+        if refusal is not None:
+            return refusal
+    what = dict.fromkeys(cast.what for product in both for cast in casts(product))
+    return Accepted(
+        Cost(
+            _CALL_US + problem.top_k * sum(reading_us(product) for product in both),
+            problem.top_k * sum(row_us(product) for product in both),
+        ),
+        casts=tuple(Cast(name, DTYPE) for name in (*what, "gate_up", "expert")),
+        extra_bytes=_extra_bytes(problem),
+        notes=tuple(dict.fromkeys(note for product in both for note in notes(product))),
+    )
+
+
+def _extra_bytes(problem: MoEProblem) -> int:
+    """Return what is held beyond the stored form: rows and inputs that fill up, those of biases, too."""
+    held = sum(bytes_held(product) for product in products(problem))
+    extra = held - problem.stored_bytes // problem.experts
+    if problem.bias:
+        rows = sum(form_of(product).filled[0] for product in products(problem))
+        extra += 2 * (rows - len(problem.w13) * problem.intermediate - problem.hidden)
+    return max(0, problem.experts * extra)
+
+
+def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
+    for name in ("experts", "top_k", "hidden", "intermediate"):
+        if getattr(problem, name) < 1:
+            return Rejected("shape", f"{name} is {getattr(problem, name)}", "at least 1")
+    if problem.experts > MOST_EXPERTS:
+        return Rejected("shape", f"{problem.experts} experts", f"at most {MOST_EXPERTS} on one device")
+    if problem.router_weight_on_input and problem.top_k != 1:
+        return Rejected("shape", f"top_k {problem.top_k} with the router's weight on the input", "top_k 1")
+    return None
+
+
+def _refuse_function(problem: MoEProblem) -> Rejected | None:
+    if problem.function.name not in FUNCTIONS:
+        return Rejected("function", f"the function {problem.function.name}", f"one of {', '.join(FUNCTIONS)}")
+    if problem.function.gated != (len(problem.w13) == 2):
+        kinds = " and ".join(spec.describe() for spec in problem.w13)
+        what = f"{len(problem.w13)} projections, {kinds}, before {problem.function.describe()}"
+        return Rejected("segments", what, "gate and up where there is a gate, up alone where there is none")
+    return None

@@ -1,0 +1,174 @@
+"""
+A stand-in for the package humming where there is no GPU: the functions that the plugin calls, in plain torch.
+
+It takes what humming takes, and complains where humming would; what it makes of a weight is a layout of its own. Values
+are those that humming multiplies with: weights of groups are rounded to bfloat16, and so are sums before the scale of a
+row, and a float8_e8m0fnu byte is read as an exponent field.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+import torch
+
+from quantplug.codes import FLOAT4_E2M1FN_VALUES
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    shape_n: int
+    shape_k: int
+    pad_shape_n: int
+    pad_shape_k: int
+    b_dtype: str
+    a_dtype: str
+    c_dtype: str
+    bs_dtype: str
+    weight_scale_group_size: int
+    weight_scale_type: str | None
+    has_zero_point: bool
+    has_bias: bool
+    num_experts: int = 0
+
+    def to_str(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def pack_weight(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    assert codes.dtype == torch.int32
+    assert codes.is_contiguous()
+    parts = codes.view(*codes.shape[:-1], -1, 32 // bits).to(torch.int64)
+    words = (parts << torch.arange(0, 32, bits)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    fields = words.to(torch.int64).unsqueeze(-1) >> torch.arange(0, 32, bits) & (1 << bits) - 1
+    return fields.reshape(*words.shape[:-1], -1)
+
+
+def transform_humming_tensors(config, tensors, already_padded):
+    assert already_padded
+    groups = config.shape_k // (config.weight_scale_group_size or config.shape_k)
+    bits = 8 if "8" in config.b_dtype else 4
+    assert tensors["weight"].shape == (config.shape_n, config.shape_k * bits // 32)
+    assert tensors["weight"].dtype == torch.int32
+    scale = tensors["weight_scale"]
+    if config.weight_scale_type == "tensor":
+        assert scale.shape == (1,)
+        assert scale.dtype == torch.float32
+    else:
+        assert scale.shape == (config.shape_n, groups)
+        assert str(scale.dtype) == {"e8m0": "torch.float8_e8m0fnu"}.get(config.bs_dtype, "torch.bfloat16")
+    return dict(tensors)
+
+
+def transform_humming_bias(bias: torch.Tensor) -> torch.Tensor:
+    return bias.flip(0)
+
+
+def decode(config, weight, scales, zeros):
+    """Return the values that are multiplied, before a scale of a row or of the whole, `[N, K]`, and that scale."""
+    codes = unpack(weight, 8 if "8" in config.b_dtype else 4)
+    match config.b_dtype:
+        case "float8e4m3":
+            values = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+        case "float4e2m1":
+            values = torch.tensor(FLOAT4_E2M1FN_VALUES)[codes]
+        case _:
+            values = codes.float() - (8 if config.b_dtype == "uint4" else 128)
+            if config.has_zero_point:
+                groups = unpack(zeros.t(), 4).t().float()
+                values = codes.float() - groups.repeat_interleave(config.weight_scale_group_size, 1)
+    if not config.weight_scale_group_size:
+        return values, scales.float().reshape(1, -1) if config.weight_scale_type != "tensor" else scales.float()
+    if config.bs_dtype == "e8m0":
+        exponents = scales.view(torch.uint8).to(torch.int32)
+        factors = (exponents << 23).view(torch.float32)
+    else:
+        factors = scales.float()
+    values = values * factors.repeat_interleave(config.weight_scale_group_size, 1)
+    return values.bfloat16().float(), torch.ones(1)
+
+
+def product(config, x, weight, scales, zeros, bias):
+    """Return `[M, N]` as humming stores it."""
+    values, scale = decode(config, weight, scales, zeros)
+    x = torch.nn.functional.pad(x.float(), (0, config.pad_shape_k))
+    y = x @ values.t()
+    sums = y if config.weight_scale_type == "tensor" else y.bfloat16().float()
+    y = (sums * scale).bfloat16()
+    if bias is not None:
+        y = y + bias.flip(0)
+    return y[:, : config.shape_n - config.pad_shape_n]
+
+
+def humming_gemm(
+    *, layer_config, compute_config, tuning_config, inputs, weight, weight_scale, zero_point, bias,
+    sorted_ids, expert_ids, num_tokens_padded, locks, top_k,
+):  # fmt: skip
+    config = LayerConfig(**json.loads(layer_config))
+    tuning = json.loads(tuning_config)
+    assert json.loads(compute_config) == {"gemm_type": "indexed"}
+    assert not tuning["use_pdl"]
+    assert inputs.is_contiguous()
+    assert inputs.shape[1] == config.shape_k - config.pad_shape_k
+    assert weight.shape[0] == weight_scale.shape[0] == config.num_experts
+    assert (config.has_bias, config.has_zero_point) == (bias is not None, zero_point is not None)
+    assert not locks.any()
+    assert all(each.data_ptr() % 16 == 0 for each in (inputs, locks, sorted_ids))
+    rows, total = tuning["block_shape"][0], int(num_tokens_padded)
+    assert total % rows == 0
+    assert total <= len(sorted_ids)
+    assert total // rows <= len(expert_ids)
+    count = len(inputs) * top_k
+    y = torch.full((count, config.shape_n - config.pad_shape_n), torch.nan, dtype=torch.bfloat16)
+    for block in range(total // rows):
+        expert = int(expert_ids[block])
+        ids = sorted_ids[block * rows : (block + 1) * rows].to(torch.int64)
+        assert bool(((ids >= 0) & (ids <= count)).all())
+        ids = ids[ids < count]
+        of_expert = [None if each is None else each[expert] for each in (weight, weight_scale, zero_point, bias)]
+        assert bool(y[ids].isnan().all()), "a choice is in two blocks"
+        y[ids] = product(config, inputs[ids // top_k], *of_expert)
+    return y
+
+
+class Heuristics:
+    """Of a device: numbers of rows that are near each other share a kernel."""
+
+    @staticmethod
+    def get_shape_m_sample(config, choices):
+        return -(-choices // 8) * 8
+
+
+def get_heuristics_config(config, *, shape_m, gemm_type, device):
+    assert (gemm_type, device, shape_m % 8) == ("indexed", 0, 0)
+    rows = 8 if shape_m < 64 else 24
+    return {"block_shape": [rows, 128, 64], "use_pdl": True}
+
+
+def modules() -> dict[str, ModuleType]:
+    """Return the package and its modules by name."""
+    contents = {
+        "humming": {"__version__": "0.1.19"},
+        "humming.dtypes": {"DataType": type("DataType", (), {"from_str": staticmethod(str)}), "float8e8m0": "e8m0",
+                           "float32": "float32"},
+        "humming.config": {"LayerConfig": LayerConfig},
+        "humming.ops": {"pack_weight": pack_weight, "humming_gemm": humming_gemm},
+        "humming.transform": {"transform_humming_tensors": transform_humming_tensors,
+                              "transform_humming_bias": transform_humming_bias},
+        "humming.tune": {"get_heuristics_config": get_heuristics_config,
+                         "get_heuristics_class": lambda device: Heuristics},
+    }  # fmt: skip
+    made = {}
+    for name, content in contents.items():
+        made[name] = ModuleType(name)
+        vars(made[name]).update(content)
+    for name, module in made.items():
+        if "." in name:
+            setattr(made["humming"], name.partition(".")[2], module)
+    return made
