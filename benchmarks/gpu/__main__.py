@@ -8,7 +8,9 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ import torch
 
 from benchmarks.gpu.cases import QUICK_ROWS, ROWS, linear_cases
 from benchmarks.gpu.ceilings import ceilings
-from benchmarks.gpu.checking import check_all, make, tasks_of
+from benchmarks.gpu.checking import check_all, make, refusals_of, tasks_of
 from benchmarks.gpu.contenders import ours
 from benchmarks.gpu.experts import QUICK_TOKENS, TOKENS, expert_cases
 from benchmarks.gpu.formats import FORMATS
@@ -27,6 +29,7 @@ from benchmarks.gpu.table import Names, progress
 
 if TYPE_CHECKING:
     from benchmarks.gpu.cases import Case, Kind
+    from benchmarks.gpu.ceilings import Ceilings
     from benchmarks.gpu.contenders import Contender, Role
 
 
@@ -47,25 +50,20 @@ def main() -> None:
     names = {kind: _names(contenders, kind) for kind in dict.fromkeys(case.kind for case in cases)}
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
         checked = check_all(tasks_of(contenders, cases, rows), Path(folder))
-        refusals = list(dict.fromkeys(f"{r.name}, {r.case.format}: {r.refused}" for r in checked if r.refused))
+        report = Report("", names, [], refusals_of(checked))
         ready = time.monotonic()
-        print(*(f"not run: {line}" for line in refusals), sep="\n")
+        print(*(f"not run: {line}" for line in report.refusals), sep="\n")
         slowest = sorted(checked, key=lambda result: -result.seconds)[:5]
         print("longest to check:", *(f"{r.name}, {r.case.format}, {r.case.layer} {r.seconds:.0f} s;" for r in slowest))
         limits = ceilings()
-        points = []
         for point in measure(checked, cases, rows, limits, Path(folder)):
-            points.append(point)
+            report.points.append(point)
             print(progress(point, names[point.kind]), flush=True)
-    machine = (
-        f"One {torch.cuda.get_device_name()}, torch {torch.__version__}: it reads {limits.read / 1e12:.2f} TB/s and "
-        f"does {limits.bf16 / 1e12:.0f} TFLOP/s in bfloat16, {limits.fp8 / 1e12:.0f} in FP8. "
-        f"Checked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s."
-    )
-    report = Report(machine, names, points, refusals)
-    if options.json:
-        report.write(options.json)
-    print("", *markdown(report), sep="\n")
+            spent = f"Checked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s."
+            report.machine = f"{_machine(limits)} {spent}"
+            if options.json:
+                report.write(options.json)
+    print("", *markdown(report, whole=True), sep="\n")
 
 
 def _options() -> argparse.Namespace:
@@ -80,6 +78,19 @@ def _options() -> argparse.Namespace:
         "--only", nargs="+", default=["*"], metavar="NAME", help='which contenders, such as "marlin*" "bf16*"'
     )
     return parser.parse_args()
+
+
+def _machine(limits: Ceilings) -> str:
+    """Return the GPU, the day, the versions of what was measured where it is installed, and what the GPU does."""
+    installed = []
+    for package in ("torch", "triton", "humming-kernels", "sgl-deep-gemm"):
+        with suppress(PackageNotFoundError):
+            installed.append(f"{package} {version(package)}")
+    return (
+        f"One {torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}, {', '.join(installed)}: it reads "
+        f"{limits.read / 1e12:.2f} TB/s and does {limits.bf16 / 1e12:.0f} TFLOP/s in bfloat16, "
+        f"{limits.fp8 / 1e12:.0f} in FP8."
+    )
 
 
 def _contenders(cases: list[Case], patterns: list[str]) -> list[Contender]:

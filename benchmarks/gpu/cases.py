@@ -26,6 +26,9 @@ QUICK_SHAPES = ((4096, 4096), (4096, 14336))
 ROWS = (1, 4, 16, 32, 64, 128, 512, 2048, 8192)
 QUICK_ROWS = (1, 16, 128, 2048)
 
+CUDA = torch.device("cuda")
+"""Where everything runs."""
+
 _COMPARED = 32
 """Rows at both ends that are held against what is right."""
 

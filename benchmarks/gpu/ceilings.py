@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from quantplug import stopwatch
 
 if TYPE_CHECKING:
@@ -41,15 +42,14 @@ class Ceilings:
 
 def ceilings() -> Ceilings:
     """Measure the device."""
-    device = torch.device("cuda")
-    plain = stopwatch.ceilings(device, ["bfloat16"], seconds=_SECONDS)
+    plain = stopwatch.ceilings(CUDA, ["bfloat16"], seconds=_SECONDS)
     fp8 = 0.0
     if torch.cuda.get_device_capability() >= (8, 9):
-        one = torch.ones(1, device=device)
-        x, w = (torch.randn(_SIZE, _SIZE, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones(1, device=CUDA)
+        x, w = (torch.randn(_SIZE, _SIZE, device=CUDA).to(torch.float8_e4m3fn) for _ in range(2))
 
         def product(_: object) -> torch.Tensor:
             return torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-        fp8 = 2.0 * _SIZE**3 / stopwatch.per_call(product, [None], device, seconds=_SECONDS) * 1e6
+        fp8 = 2.0 * _SIZE**3 / stopwatch.per_call(product, [None], CUDA, seconds=_SECONDS) * 1e6
     return Ceilings(plain.read, plain.flops["bfloat16"], fp8)

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.contenders import Contender, Held, OurExperts, Ours
 from benchmarks.gpu.peers import PEERS
 
@@ -98,12 +100,25 @@ def _checked_by_pool(tasks: list[Task], folder: Path) -> list[Checked]:
         return list(pool.map(_check, tasks, [folder] * len(tasks)))
 
 
+def refusals_of(checked: list[Checked]) -> list[str]:
+    """Return a line for each contender and reason, and the layers that it is about unless it is about all."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for result in checked:
+        if result.refused:
+            layers.setdefault((result.name, result.refused), []).append(f"{result.case.format}, {result.case.layer}")
+    every = Counter(result.name for result in checked)
+    return [
+        f"{name}: {refused}" + ("" if len(where) == every[name] else f" ({'; '.join(where)})")
+        for (name, refused), where in layers.items()
+    ]
+
+
 def load(contender: Contender, case: Case, folder: Path) -> Held:
     """Return what a contender holds of a layer, from the folder where it takes long to make."""
     if contender.quick_to_prepare:
         return contender.prepare(case)
     tensors, facts = torch.load(_place(folder, contender.name, case), weights_only=True)
-    return Held({name: tensor.to("cuda") for name, tensor in tensors.items()}, facts)
+    return Held({name: tensor.to(CUDA) for name, tensor in tensors.items()}, facts)
 
 
 def _begin() -> None:
@@ -139,7 +154,7 @@ def _check(task: Task, folder: Path) -> Checked:
 def _usable() -> bool:
     """Return whether this process can still use the GPU."""
     try:
-        torch.zeros(1, device="cuda").item()
+        torch.zeros(1, device=CUDA).item()
     except RuntimeError:
         return False
     return True
@@ -149,7 +164,7 @@ def _compare(contender: Contender, held: Held, case: Case, count: int, result: C
     """Note the error for a number of rows; a wrong one is not measured, and neither are more rows."""
     if result.refused:
         return
-    given: Any = case.inputs(count, torch.device("cuda"))[0]
+    given: Any = case.inputs(count, CUDA)[0]
     y = contender.call(contender.ready(given, case), held, case)
     quantized = contender.quantizes_x(case)
     some, wanted = case.right(given, quantized=quantized)

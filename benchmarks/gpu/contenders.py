@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from benchmarks.gpu.cases import LinearCase
+from benchmarks.gpu.cases import CUDA, LinearCase
 from benchmarks.gpu.experts import ExpertCase, Routed
 from quantplug.detect import detect
 from quantplug.expertweights import PreparedExperts
@@ -116,10 +116,9 @@ class Ours(_Installed):
 
     def prepare(self, case: LinearCase) -> Held:
         """Let the kernel prepare the layer as a loader does."""
-        device = torch.device("cuda")
-        weight = case.weight(device)
+        weight = case.weight(CUDA)
         on_cpu = Weight(weight.codes.cpu(), weight.scales.cpu(), weight.spec)
-        prepared = self.kernel.prepare(case.problem, [on_cpu], [case.of_format.params()], device)
+        prepared = self.kernel.prepare(case.problem, [on_cpu], [case.of_format.params()], CUDA)
         return Held(dict(prepared.tensors), dict(prepared.meta))
 
     def call(self, given: torch.Tensor, held: Held, case: LinearCase) -> torch.Tensor:
@@ -146,8 +145,7 @@ class OurExperts(_Installed):
 
     def prepare(self, case: ExpertCase) -> Held:
         """Let the kernel prepare one expert after the other; they are on the GPU already, which saves the time."""
-        device = torch.device("cuda")
-        prepared = self.kernel.prepare(case.problem, case.all_experts(device), device)
+        prepared = self.kernel.prepare(case.problem, case.all_experts(CUDA), CUDA)
         return Held(dict(prepared.tensors), dict(prepared.meta))
 
     def call(self, given: Routed, held: Held, case: ExpertCase) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.checking import Checked, load, make
 from benchmarks.gpu.choice import chosen, serving
 from benchmarks.gpu.contenders import Contender, Held
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu.cases import Case, Kind
     from benchmarks.gpu.ceilings import Ceilings
 
-_SECONDS = 0.025
+_SECONDS = 0.018
 """How long graphs of one contender are replayed, about; 3 to 9 samples of at least 2 ms."""
 
 
@@ -63,7 +64,7 @@ def measure(
         for count in rows[case.kind]:
             point = Point(case.kind, case.format, case.layer, count, limits.roof_us(case, count))
             point.chosen, point.chosen_two = serving(choices.one, count), serving(choices.two, count)
-            inputs = case.inputs(count, torch.device("cuda"))
+            inputs = case.inputs(count, CUDA)
             for contender, result in running:
                 if count not in result.errors:
                     continue
@@ -79,7 +80,7 @@ def measure(
 def _copies(contender: Contender, case: Case, folder: Path) -> list[Held]:
     """Return so many copies of a layer that they are cold when their turn comes."""
     held = load(contender, case, folder)
-    return [Held(tensors, held.facts) for tensors in cold_copies(held.tensors, torch.device("cuda"))]
+    return [Held(tensors, held.facts) for tensors in cold_copies(held.tensors, CUDA)]
 
 
 def _time(contender: Contender, case: Case, inputs: list[Any], layers: list[Held]) -> float:
@@ -90,4 +91,4 @@ def _time(contender: Contender, case: Case, inputs: list[Any], layers: list[Held
     def call(turn: tuple[Any, Held]) -> torch.Tensor:
         return contender.call(*turn, case)
 
-    return per_call(call, turns, torch.device("cuda"), seconds=_SECONDS)
+    return per_call(call, turns, CUDA, seconds=_SECONDS)

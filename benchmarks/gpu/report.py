@@ -1,5 +1,6 @@
 """
-What a run found, as JSON and as the tables of README.md: `python -m benchmarks.gpu.report FILE.json` prints them again.
+What a run found, as JSON and as tables: `python -m benchmarks.gpu.report FILE.json` prints them again, and with
+`--into README.md` those of README.md are put in place of the ones that are there.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.cases import Kind
 
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+"""Between these README.md has its tables."""
+
 _TITLES: dict[Kind, str] = {"linear": "Linear layers", "experts": "Experts"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Report:
     """
     Everything that a run found.
@@ -56,16 +60,31 @@ def read(file: Path) -> Report:
     return Report(whole["machine"], names, [Point(**point) for point in whole["points"]], whole["refusals"])
 
 
-def markdown(report: Report) -> list[str]:
-    """Return the tables of README.md."""
+def markdown(report: Report, *, whole: bool) -> list[str]:
+    """Return the tables of README.md; `whole` with everyone's figures, which are many."""
     lines = [report.machine]
     for kind, title in _TITLES.items():
         points = [point for point in report.points if point.kind == kind]
         if points:
             lines += ["", f"### {title}", "", *_section(points, report.names[kind])]
+            lines += ["", "Everyone, microseconds:", "", *everyone(points)] if whole else []
     if report.refusals:
         lines += ["", "Not run:", "", *(f"- {line}" for line in report.refusals)]
     return lines
+
+
+def put(text: str, lines: Sequence[str]) -> str:
+    """
+    Return a text with lines in place of those between its two marks.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the file lacks {BEGIN if not begin else END}")
+    return "\n".join([before + begin, *lines, end + after])
 
 
 def _section(points: Sequence[Point], names: Names) -> list[str]:
@@ -83,18 +102,20 @@ def _section(points: Sequence[Point], names: Names) -> list[str]:
         f"What a plan takes with two layouts and is above {LIMIT} times the best peer:",
         "",
         *above(points, names),
-        "",
-        "Everyone, microseconds:",
-        "",
-        *everyone(points),
     ]
 
 
 def main() -> None:
-    """Print the tables of a file."""
+    """Print the tables of a file, or put them into another."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.report", description=__doc__)
     parser.add_argument("file", type=Path, help="what `python -m benchmarks.gpu --json` wrote")
-    print(*markdown(read(parser.parse_args().file)), sep="\n")
+    parser.add_argument("--into", type=Path, metavar="README.md", help="put the tables between the marks of this file")
+    options = parser.parse_args()
+    report = read(options.file)
+    if options.into is None:
+        print(*markdown(report, whole=True), sep="\n")
+    else:
+        options.into.write_text(put(options.into.read_text(), markdown(report, whole=False)))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from benchmarks.gpu.measuring import Point
-from benchmarks.gpu.report import Report, markdown, read
+from benchmarks.gpu.report import BEGIN, END, Report, markdown, put, read
 from benchmarks.gpu.table import Names, above, best, compact, everyone, labels, legend, progress, summary
 
 NAMES = Names(("marlin.wna16", "marlin.wna16.dense", "humming.w16"), ("humming", "torch int4"), ("bf16 F.linear",))
@@ -88,7 +90,18 @@ def test_a_report_reads_what_it_wrote(tmp_path, kinds):
     report = Report("One GPU.", {kind: names[kind] for kind in kinds}, points, ["humming, fp8: not installed"])
     report.write(tmp_path / "run.json")
     assert read(tmp_path / "run.json") == report
-    lines = markdown(read(tmp_path / "run.json"))
+    lines = markdown(read(tmp_path / "run.json"), whole=False)
     assert lines[0] == "One GPU."
     assert ("### Experts" in lines) == ("experts" in kinds)
     assert lines[-1] == "- humming, fp8: not installed"
+
+
+def test_tables_take_the_place_of_those_between_the_marks():
+    assert put(f"prose\n{BEGIN}\nold\n{END}\nmore\n", ["new", ""]) == f"prose\n{BEGIN}\nnew\n\n{END}\nmore\n"
+    with pytest.raises(ValueError, match="lacks <!-- end of figures -->"):
+        put(BEGIN, ["new"])
+
+
+def test_readme_has_both_marks():
+    text = (Path(__file__).parents[2] / "benchmarks" / "gpu" / "README.md").read_text()
+    assert put(text, ["new"]).count("\nnew\n") == 1

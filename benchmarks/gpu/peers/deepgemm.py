@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.contenders import Contender, Held
 from benchmarks.gpu.peers.dense import quantize
 
@@ -36,7 +37,7 @@ class DeepGemm(Contender):
 
     def prepare(self, case: LinearCase) -> Held:
         """Keep codes and scales."""
-        weight = case.weight(torch.device("cuda"))
+        weight = case.weight(CUDA)
         return Held({"codes": weight.codes, "scales": weight.scales.to(torch.float32)}, {})
 
     def call(self, given: torch.Tensor, held: Held, case: LinearCase) -> torch.Tensor:

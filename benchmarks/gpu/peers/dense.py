@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.contenders import Contender, Held
 from quantplug.spec import ElementType
 
 if TYPE_CHECKING:
     from benchmarks.gpu.cases import LinearCase
 
-_CUDA = torch.device("cuda")
 _INFORMATIVE_ROWS = (1, 128, 2048)
 
 
@@ -32,7 +32,7 @@ class Bfloat16(Contender):
 
     def prepare(self, case: LinearCase) -> Held:
         """Dequantize."""
-        return Held({"weight": case.weight(_CUDA).dequantize(torch.bfloat16)}, {})
+        return Held({"weight": case.weight(CUDA).dequantize(torch.bfloat16)}, {})
 
     def call(self, given: torch.Tensor, held: Held, case: LinearCase) -> torch.Tensor:
         """Multiply."""
@@ -54,7 +54,7 @@ class TinyGemm(Contender):
 
     def prepare(self, case: LinearCase) -> Held:
         """Pack codes two to a byte, scales and zeros in pairs."""
-        weight = case.weight(_CUDA)
+        weight = case.weight(CUDA)
         codes = (weight.codes.to(torch.int32) + 8).to(torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
         scales = weight.scales.t().to(torch.bfloat16)
@@ -99,7 +99,7 @@ class ScaledProduct(Contender):
 
     def prepare(self, case: LinearCase) -> Held:
         """Keep codes, and scales as torch takes them."""
-        weight = case.weight(_CUDA)
+        weight = case.weight(CUDA)
         scales = weight.scales.to(torch.float32)
         return Held({"codes": weight.codes, "scales": scales if scales.shape[0] * 128 == case.n else scales.t()}, {})
 
@@ -142,4 +142,4 @@ def _x_scale(format_name: str) -> torch.Tensor:
     params = FORMATS[format_name].params()
     if params is None or params.scale is None:
         raise ValueError(f"{format_name} stores no scale of x")
-    return params.scale.reshape(1).to(_CUDA)
+    return params.scale.reshape(1).to(CUDA)

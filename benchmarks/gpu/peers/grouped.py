@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.contenders import Contender, Held
 
 if TYPE_CHECKING:
     from benchmarks.gpu.experts import ExpertCase, Routed
-
-_CUDA = torch.device("cuda")
 
 
 class _Grouped(Contender):
@@ -58,9 +57,9 @@ class Bfloat16Grouped(_Grouped):
     def prepare(self, case: ExpertCase) -> Held:
         """Dequantize."""
         experts, _, hidden, intermediate = case.sizes
-        w13 = torch.empty(experts, 2 * intermediate, hidden, dtype=torch.bfloat16, device=_CUDA)
-        w2 = torch.empty(experts, hidden, intermediate, dtype=torch.bfloat16, device=_CUDA)
-        for number, expert in enumerate(case.all_experts(_CUDA)):
+        w13 = torch.empty(experts, 2 * intermediate, hidden, dtype=torch.bfloat16, device=CUDA)
+        w2 = torch.empty(experts, hidden, intermediate, dtype=torch.bfloat16, device=CUDA)
+        for number, expert in enumerate(case.all_experts(CUDA)):
             w13[number] = torch.cat([weight.dequantize(torch.bfloat16) for weight in expert.w13])
             w2[number] = expert.w2.dequantize(torch.bfloat16)
         return Held({"13": w13, "2": w2}, {})
@@ -86,9 +85,9 @@ class ScaledGrouped(_Grouped):
         experts, _, hidden, intermediate = case.sizes
         tensors: dict[str, torch.Tensor] = {}
         for product, rows, inputs in (("13", 2 * intermediate, hidden), ("2", hidden, intermediate)):
-            tensors[product] = torch.empty(experts, rows, inputs, dtype=torch.float8_e4m3fn, device=_CUDA)
-            tensors[f"scales.{product}"] = torch.empty(experts, rows, dtype=torch.float32, device=_CUDA)
-        for number, expert in enumerate(case.all_experts(_CUDA)):
+            tensors[product] = torch.empty(experts, rows, inputs, dtype=torch.float8_e4m3fn, device=CUDA)
+            tensors[f"scales.{product}"] = torch.empty(experts, rows, dtype=torch.float32, device=CUDA)
+        for number, expert in enumerate(case.all_experts(CUDA)):
             for product, parts in (("13", expert.w13), ("2", (expert.w2,))):
                 tensors[product][number] = torch.cat([part.codes for part in parts])
                 tensors[f"scales.{product}"][number] = torch.cat([part.scales for part in parts])[:, 0]

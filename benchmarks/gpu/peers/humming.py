@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.contenders import Contender, Held
 from benchmarks.gpu.formats import FORMATS
 from quantplug.spec import ElementType, PerBlock, PerGroup, PerTensor
@@ -18,8 +19,6 @@ from quantplug.spec import ElementType, PerBlock, PerGroup, PerTensor
 if TYPE_CHECKING:
     from benchmarks.gpu.cases import LinearCase
     from quantplug.weight import Weight
-
-_CUDA = torch.device("cuda")
 
 
 class Humming(Contender):
@@ -42,7 +41,7 @@ class Humming(Contender):
         """Let humming transform what its own schema stores."""
         from humming.transform import transform_humming_tensors
 
-        stored = as_stored(case.weight(_CUDA))
+        stored = as_stored(case.weight(CUDA))
         made = transform_humming_tensors(described(case.format, case.n, case.k), stored)
         return Held({**made, "locks": locks()}, {})
 
@@ -72,7 +71,7 @@ def as_stored(weight: Weight) -> dict[str, torch.Tensor]:
 
 def locks() -> torch.Tensor:
     """Return what its kernels count with who has added a part."""
-    return torch.zeros(2048, dtype=torch.int32, device=_CUDA)
+    return torch.zeros(2048, dtype=torch.int32, device=CUDA)
 
 
 @cache

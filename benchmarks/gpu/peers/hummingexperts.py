@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.contenders import Contender, Held
 from benchmarks.gpu.peers.humming import as_stored, described, locks, tuned
 
 if TYPE_CHECKING:
     from benchmarks.gpu.experts import ExpertCase, Routed
 
-_CUDA = torch.device("cuda")
 _INDEXED = json.dumps({"gemm_type": "indexed"})
 _SILU_TIMES_UP = "a / (1.0f + __expf(-a)) * b"
 
@@ -48,7 +48,7 @@ class HummingExperts(Contender):
         tensors = {"locks": locks()}
         for product, layer in zip(("13", "2"), _layers(case), strict=True):
             stacks: dict[str, torch.Tensor] = {}
-            for number, expert in enumerate(case.all_experts(_CUDA)):
+            for number, expert in enumerate(case.all_experts(CUDA)):
                 parts = [as_stored(weight) for weight in (expert.w13 if product == "13" else (expert.w2,))]
                 for name in parts[0]:
                     whole = torch.cat([part[name] for part in parts])
