@@ -1,16 +1,11 @@
 """
 What Triton's interpreter cannot see: that its compiler takes the kernels for experts, for GPUs that are not here.
-
-A process of its own compiles, for the interpreter, once chosen, is there for good.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from triton_compiling import compiled
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
@@ -74,26 +69,17 @@ main(sys.argv[1] == "every")
 """
 
 
-def compiled(tmp_path, which: str) -> list[str]:
-    """Return a line for each kernel that was compiled."""
-    surroundings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # Sums are fused with products where Triton does so by itself; it warns that this will change.
-    surroundings |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_DEFAULT_FP_FUSION": "1"}
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), which], env=surroundings, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
 def test_each_kernel_is_compiled_for_compute_capability_9(tmp_path):
-    assert {line.split()[0] for line in compiled(tmp_path, "some")} == {"route", "combine", "gate_and_up", "down"}
+    assert {line.split()[0] for line in compiled(PROGRAM, "some", tmp_path)} == {
+        "route",
+        "combine",
+        "gate_and_up",
+        "down",
+    }
 
 
 @pytest.mark.slow
 def test_every_function_and_format_is_compiled_for_both_generations(tmp_path):
-    lines = compiled(tmp_path, "every")
+    lines = compiled(PROGRAM, "every", tmp_path)
     assert {line.split()[1] for line in lines} == {"80", "90"}
     assert len(lines) == 28

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _decode(field, zero, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
+def decode(field, zero, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
     """
     Return the values of codes in `dtype`, without their scale.
 
@@ -44,15 +44,15 @@ def _decode(field, zero, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.cons
 
 
 @triton.jit
-def _scaled(product, scale):
-    """Return a product `[M, N]` times the scale `[N]` of each output."""
+def scaled(product, scale):
+    """Return a product times scales that are spread over it."""
     if scale.dtype == tl.uint8:
         # float8_e8m0fnu reaches below float32's normal numbers, which a device may flush: two powers of two.
         exponent = scale.to(tl.int32)
         lower = ((exponent >> 1) + 64) << 23
         upper = (exponent - (exponent >> 1) + 63) << 23
-        return product * lower.to(tl.float32, bitcast=True)[None, :] * upper.to(tl.float32, bitcast=True)[None, :]
-    return product * scale.to(tl.float32)[None, :]
+        return product * lower.to(tl.float32, bitcast=True) * upper.to(tl.float32, bitcast=True)
+    return product * scale.to(tl.float32)
 
 
 @triton.jit
@@ -113,13 +113,13 @@ def sums(
                 mask=present[:, None] & taken[None, :], other=0.0,
             )  # fmt: skip
             code = (octets >> (BITS * field)) & ((1 << BITS) - 1)
-            values = _decode(code, zero[None, :], KIND, BITS, MIDDLE, dtype)
+            values = decode(code, zero[None, :], KIND, BITS, MIDDLE, dtype)
             if EXACT:
                 product = tl.dot(x.to(tl.float32), values, product, input_precision="ieee")
             else:
                 product = tl.dot(x, values, product)
             if field == FIELDS - 1 or not ONE_GROUP:
-                total += _scaled(product, scale)
+                total += scaled(product, scale[None, :])
                 product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     return total
 

@@ -48,7 +48,7 @@ def field_bits(element: ElementType) -> int:
 
 def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a problem on a platform, and at what cost."""
-    refusal = _refuse_place(problem, platform) or _refuse_weight(problem)
+    refusal = refuse_place(problem, platform) or refuse_weight(problem)
     if refusal is not None:
         return refusal
     weight, k, n = problem.segments[0].weight, problem.in_features, problem.out_features
@@ -101,7 +101,8 @@ def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
     return total
 
 
-def _refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
+def refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
+    """Return why no kernel here runs on a platform or with a dtype, or None."""
     if platform.kind != "cuda":
         return Rejected("platform", f"runs on cuda, not on {platform}")
     version = tuple(int(part) for part in platform.arch.split(".") if part.isdecimal())
@@ -112,7 +113,8 @@ def _refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None
     return None
 
 
-def _refuse_weight(problem: LinearProblem) -> Rejected | None:
+def refuse_weight(problem: LinearProblem) -> Rejected | None:
+    """Return why no kernel here reads a weight, or None."""
     if not problem.uniform:
         kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
         return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")

@@ -14,8 +14,9 @@ quantplug_api = ">=1,<2"
 
 @hookimpl
 def quantplug_kernels() -> list[Kernel]:
-    """Return the kernel for weights of any element type, and the one for experts."""
+    """Return the kernel for weights of any element type, the one for a quantized x, and the one for experts."""
     from quantplug_triton.experts import TritonExperts
     from quantplug_triton.kernel import TritonKernel
+    from quantplug_triton.w8a8 import TritonQuantizedKernel
 
-    return [TritonKernel(), TritonExperts()]
+    return [TritonKernel(), TritonQuantizedKernel(), TritonExperts()]

@@ -116,9 +116,9 @@ def order_of(weight: Weight, least: int = 0) -> Order:
 def _part(part: Sequence[Weight], order: Order) -> dict[str, torch.Tensor]:
     spec = part[0].spec
     result = {"codes": pack_codes([weight.codes for weight in part], spec, order)}
-    result["scales"] = _shared([held_scales(weight) for weight in part], part)
+    result["scales"] = shared_scales([held_scales(weight) for weight in part], part)
     if spec.zero_points:
-        result["zeros"] = _shared([weight.zeros for weight in part if weight.zeros is not None], part)
+        result["zeros"] = shared_scales([weight.zeros for weight in part if weight.zeros is not None], part)
     if not in_order(order, part[0].in_features):
         result["columns"] = order.inputs.to(torch.int32)
     if part[0].global_scale is not None:
@@ -139,7 +139,7 @@ def in_order(order: Order, inputs: int) -> bool:
     return torch.equal(order.inputs, expected)
 
 
-def _shared(tensors: Sequence[torch.Tensor], part: Sequence[Weight]) -> torch.Tensor:
+def shared_scales(tensors: Sequence[torch.Tensor], part: Sequence[Weight]) -> torch.Tensor:
     """Return scales or zero points as `[G, P]`, contiguous."""
     if isinstance(part[0].spec.granularity, PerTensor) and len(part) > 1:
         tensors = [tensor.expand(weight.out_features, 1) for tensor, weight in zip(tensors, part, strict=True)]

@@ -13,6 +13,8 @@ from quantplug.weight import Weight
 from quantplug_triton.fit import field_bits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from quantplug.weight import Prepared
 
 
@@ -30,12 +32,16 @@ def unprepare(prepared: Prepared) -> tuple[Weight, ...]:
 
 def canonical(prepared: Prepared) -> tuple[Weight, ...]:
     """Return the canonical segments as they are held."""
+    return canonical_parts(prepared, [_codes(prepared, number) for number in range(prepared.meta["parts"])])
+
+
+def canonical_parts(prepared: Prepared, codes_of: Sequence[torch.Tensor]) -> tuple[Weight, ...]:
+    """Return the canonical segments, given the codes `[N, K]` of each part."""
     segments = list(prepared.problem.segments)
     weights: list[Weight] = []
-    for number in range(prepared.meta["parts"]):
+    for number, codes in enumerate(codes_of):
         rows, spec = prepared.meta[f"rows.{number}"], segments[len(weights)].weight
         tensors = {name: prepared.tensors.get(f"{name}.{number}") for name in ("scales", "zeros", "columns", "factor")}
-        codes = _codes(prepared, number)
         held, stored = _present(tensors["scales"]).t(), getattr(torch, spec.scale_dtype)
         scales = held.view(stored) if held.dtype == torch.uint8 else held.to(stored)
         zeros, columns, factor = tensors["zeros"], tensors["columns"], tensors["factor"]
@@ -98,7 +104,11 @@ def unpack_codes(
         taken = columns >= 0
         codes = torch.empty(inputs, slots.shape[1], dtype=torch.uint8, device=held.device)
         codes[columns[taken].to(torch.int64)] = slots[taken]
-    codes = codes.t()
+    return as_codes(codes.t(), element)
+
+
+def as_codes(codes: torch.Tensor, element: ElementType) -> torch.Tensor:
+    """Return codes in their own dtype, of bytes of which signed integers have their middle added."""
     if element.floating:
         fourbit = element is ElementType.FLOAT4_E2M1FN
         return codes if fourbit else codes.contiguous().view(getattr(torch, element.value))

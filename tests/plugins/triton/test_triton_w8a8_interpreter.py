@@ -1,0 +1,245 @@
+"""
+The Triton kernel for a quantized x on the catalogue of hazards, element by element, through the interpreter.
+
+Codes are multiplied in float32 here, and rounded by the arithmetic that GPUs without FP8 use. On a machine with a GPU
+tests/device does the same, and more, on the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from quantplug.kernel import Accepted
+from quantplug.platform import Platform
+from quantplug.spec import ElementType
+from quantplug.weight import ActivationParams
+from quantplug_testkit.conformance import LinearKernelConformance
+from quantplug_testkit.conformance.case import Case
+from quantplug_testkit.conformance.problems import CATALOGUE, Hazard
+from quantplug_testkit.oracles import floats
+from quantplug_triton.grids import GRIDS
+from quantplug_triton.w8a8 import TritonQuantizedKernel
+
+pytest.importorskip("triton", reason="triton is installed on Linux only")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton compiles for the GPU here: see tests/device", allow_module_level=True)
+
+from quantplug_triton import w8a8launch  # needs triton
+
+KERNEL = TritonQuantizedKernel()
+GPU = Platform.parse("cuda:9.0")
+ACCEPTED = [
+    hazard
+    for hazard in CATALOGUE
+    if hazard.problem.uniform and isinstance(KERNEL.supports(hazard.problem, GPU), Accepted)
+]
+FAMILIES = {hazard.family: hazard for hazard in ACCEPTED}
+"""The last hazard of each family: the one in float32."""
+
+OF_EACH_KIND = (
+    "x-int8-bias-odd-n-and-k", "x-int8-groups", "x-float8-static-fused", "x-float8-bias-odd-n-and-k",
+    "x-float8-ragged-groups-and-blocks", "x-mxfp8-short-last-group", "x-mxfp8-mxfp4", "x-mxfp4",
+)  # fmt: skip
+"""Every type of x, and everything that may share a scale, but one scale of all of x."""
+
+
+def prepared(hazard: Hazard) -> Case:
+    return Case(KERNEL, GPU, torch.device("cpu"), hazard)
+
+
+def test_the_catalogue_has_every_kind():
+    assert set(FAMILIES) == {
+        "x-int8", "x-int8-tiles", "x-int8-bias-odd-n-and-k", "x-int8-one-input", "x-int8-long-sum", "x-int8-one-scale",
+        "x-int8-int4-groups", "x-int8-for-all-of-x", "x-int8-groups", "x-int8-static", "x-int8-fused",
+        "x-float8", "x-float8-tiles", "x-float8-bias-odd-n-and-k", "x-float8-one-input", "x-float8-int4-groups",
+        "x-float8_e5m2", "x-float8-groups-and-blocks", "x-float8-ragged-groups-and-blocks", "x-float8-static",
+        "x-float8-static-fused", "x-mxfp8", "x-mxfp8-short-last-group", "x-mxfp4", "x-mxfp8-mxfp4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("hazard", ACCEPTED, ids=lambda hazard: hazard.name)
+def test_every_element_is_within_the_derived_bound(hazard):
+    """Quantized within the product: rows are few."""
+    case = prepared(hazard)
+    for rows in (0, 1, 3):
+        x = case.inputs(rows)
+        before = x.clone()
+        case.check(x, case.apply(x), f"{rows} rows")
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("hazard", FAMILIES.values(), ids=lambda hazard: hazard.family)
+def test_a_launch_before_the_product_quantizes_alike(hazard, monkeypatch):
+    case = prepared(hazard)
+    x = case.inputs(3)
+    within = case.apply(x)
+    monkeypatch.setattr(w8a8launch, "_FUSED_ROWS", 0)
+    assert torch.equal(case.apply(x), within)
+
+
+@pytest.mark.parametrize("rows", [17, 65])
+@pytest.mark.parametrize("family", ["x-float8-bias-odd-n-and-k", "x-mxfp8-mxfp4", "x-int8-static"])
+def test_more_rows_take_other_tiles(family, rows):
+    case = prepared(FAMILIES[family])
+    x = case.inputs(rows)
+    case.check(x, case.apply(x), f"{rows} rows")
+
+
+def test_long_rows_are_quantized_in_pieces(monkeypatch):
+    """Within the product, and before it."""
+    monkeypatch.setattr(w8a8launch, "_WIDEST", 64)
+    case = prepared(FAMILIES["x-float8-tiles"])
+    x = case.inputs(2)
+    case.check(x, case.apply(x), "within")
+    monkeypatch.setattr(w8a8launch, "_FUSED_ROWS", 0)
+    case.check(x, case.apply(x), "before")
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_odd_inputs_are_taken_as_the_conformance_class_asks(name):
+    tests = LinearKernelConformance()
+    tests.kernel, tests.platform = KERNEL, GPU
+    tests.test_small_and_large_inputs_are_within_the_bound(FAMILIES[name])
+    case = prepared(FAMILIES[name])
+    y = case.apply(torch.zeros_like(case.inputs(2)))
+    assert torch.equal(y, torch.zeros_like(y) if case.bias is None else case.bias.expand_as(y))
+
+
+@pytest.mark.parametrize("name", ["x-float8-bias-odd-n-and-k", "x-mxfp8-mxfp4", "x-int8-static"])
+@pytest.mark.parametrize("before", [False, True], ids=["within", "before"])
+def test_strided_and_three_dimensional_inputs_are_read_where_they_lie(name, before, monkeypatch):
+    if before:
+        monkeypatch.setattr(w8a8launch, "_FUSED_ROWS", 0)
+    case = prepared(FAMILIES[name])
+    x = case.inputs(4)
+    wide = torch.full((4, 2 * x.shape[1]), torch.nan, dtype=x.dtype)
+    wide[:, ::2] = x
+    assert torch.equal(case.apply(wide[:, ::2]), case.apply(x))
+    assert torch.equal(case.apply(x.view(2, 2, -1)), case.apply(x).view(2, 2, -1))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's own, of the interpreter
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+@pytest.mark.parametrize("before", [False, True], ids=["within", "before"])
+def test_what_is_not_finite_shows_in_its_row_and_in_no_other(name, before, monkeypatch):
+    if before:
+        monkeypatch.setattr(w8a8launch, "_FUSED_ROWS", 0)
+    case = prepared(FAMILIES[name])
+    clean = case.inputs(5)
+    x = clean.clone()
+    x[1, -1], x[3, 0] = float("nan"), float("inf")
+    y, without = case.apply(x), case.apply(clean)
+    assert torch.equal(y[[0, 2, 4]], without[[0, 2, 4]])
+    assert y[1].isnan().all()
+    if case.hazard.problem.activation.dynamic:
+        assert not y[3].isfinite().any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_one_scale_for_all_of_x_carries_nan():
+    case = prepared(FAMILIES["x-int8-for-all-of-x"])
+    for odd in (float("nan"), float("inf")):
+        x = case.inputs(3)
+        x[1, 7] = odd
+        assert not case.apply(x).isfinite().any()
+
+
+@pytest.mark.parametrize("element", GRIDS)
+def test_rounding_gives_the_nearest_code_everywhere(element):
+    """Every code, every middle between two, and the float32 numbers beside both; with ties to even, and saturating."""
+    if element is ElementType.INT8:
+        codes = np.arange(-130.0, 131.0)
+    else:
+        codes = floats.values(element)
+        codes = np.unique(codes[np.isfinite(codes)])
+    exact = np.concatenate([codes, (codes[1:] + codes[:-1]) / 2, codes * 1.5, 0.25 * codes]).astype(np.float32)
+    quotients = np.concatenate(
+        [exact, np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, -np.float32(np.inf))]
+    )
+    x = torch.from_numpy(quotients)[None]
+    grid, held = GRIDS[element], w8a8launch.held_in(element, native=False)
+    width = -(-x.shape[1] // 128) * 128
+    found, _ = w8a8launch.quantize(x, torch.ones(1), width, 128, held, "tensor", grid)
+    if element is ElementType.INT8:
+        wanted = np.clip(np.rint(quotients.astype(np.float64)), -128, 127)
+    else:
+        wanted = floats.decode(floats.encode(quotients.astype(np.float64), element), element)
+    assert np.array_equal(found[0, : len(quotients)].numpy().astype(np.float64), wanted)
+
+
+@pytest.mark.parametrize("hazard", FAMILIES.values(), ids=lambda hazard: hazard.family)
+def test_the_way_back_gives_every_bit_again(hazard):
+    case = prepared(hazard)
+    for found, given in zip(KERNEL.unprepare(case.prepared), hazard.weights(), strict=True):
+        assert torch.equal(found.codes.contiguous().view(torch.uint8), given.codes.contiguous().view(torch.uint8))
+        assert found.scales.dtype == given.scales.dtype
+        assert torch.equal(found.scales.contiguous().view(torch.uint8), given.scales.contiguous().view(torch.uint8))
+    values = torch.cat([weight.dequantize() for weight in hazard.weights()])
+    assert torch.equal(KERNEL.dequantize(case.prepared, torch.float32), values)
+
+
+def test_there_is_no_way_back_from_a_rounded_scale():
+    hazard = FAMILIES["x-float8"]
+    weights = [replace(weight, scales=weight.scales.to(torch.float64) / 3) for weight in hazard.weights()]
+    made = KERNEL.prepare(hazard.problem, weights, hazard.activation(), torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="float64"):
+        KERNEL.unprepare(made)
+
+
+@pytest.mark.parametrize("hazard", FAMILIES.values(), ids=lambda hazard: hazard.family)
+def test_what_is_held_is_no_more_than_is_declared(hazard):
+    """The file's own bytes, and those that the verdict declares beside them."""
+    held = prepared(hazard)
+    entitled = 0
+    for weight in hazard.weights():
+        entitled += -(-weight.codes.numel() * weight.spec.element.bits // 8) + weight.scales.nbytes
+    assert held.prepared.nbytes <= entitled + held.extra_bytes
+
+
+@pytest.mark.parametrize("family", ["x-float8-static-fused", "x-mxfp8-mxfp4", "x-int8-fused"])
+def test_a_second_preparation_writes_into_the_same_memory(family):
+    hazard = FAMILIES[family]
+    case = prepared(hazard)
+    places = {name: tensor.data_ptr() for name, tensor in case.prepared.tensors.items()}
+    other = (hazard.weights(seed=1), hazard.activation(seed=1), torch.device("cpu"))
+    again = KERNEL.prepare(hazard.problem, *other, out=case.prepared)
+    assert {name: tensor.data_ptr() for name, tensor in again.tensors.items()} == places
+    fresh = KERNEL.prepare(hazard.problem, *other)
+    for name, tensor in fresh.tensors.items():
+        assert torch.equal(again.tensors[name].float(), tensor.float()), name
+
+
+def test_segments_with_one_stored_scale_of_x_share_a_product():
+    hazard = FAMILIES["x-float8-static-fused"]
+    weights, device = hazard.weights(), torch.device("cpu")
+    one, two = (ActivationParams(torch.tensor(scale)) for scale in (0.004, 0.005))
+    shared = KERNEL.prepare(hazard.problem, weights, [one, one], device)
+    apart = KERNEL.prepare(hazard.problem, weights, [one, two], device)
+    assert (shared.meta["parts"], apart.meta["parts"]) == (1, 2)
+    x = hazard.inputs(3)
+    assert torch.equal(KERNEL.apply(x, shared, None)[:, :64], KERNEL.apply(x, apart, None)[:, :64])
+    with pytest.raises(ValueError, match="make 2 parts of the layer, not 1"):
+        KERNEL.prepare(hazard.problem, weights, [one, two], device, out=shared)
+    with pytest.raises(ValueError, match="a stored scale of x is missing"):
+        KERNEL.prepare(hazard.problem, weights, [one, None], device)
+
+
+@pytest.mark.parametrize(
+    ("shared", "rows", "row_bytes", "tiles", "shares", "within"),
+    [
+        ("token", 1, 8192, 64, 8, True),
+        ("token", 2, 8192, 64, 8, True),
+        ("token", 3, 8192, 64, 8, False),  # 12 MB of rows that are read once more
+        ("group", 3, 8192, 64, 8, True),
+        ("tensor", 16, 8192, 64, 2, True),
+        ("power", 16, 8192, 448, 1, False),
+        ("tensor", 17, 256, 1, 1, False),  # more than a tile
+    ],
+)
+def test_x_is_quantized_within_the_product_where_that_reads_little(shared, rows, row_bytes, tiles, shares, within):
+    assert w8a8launch.is_fused(shared, rows, row_bytes, tiles, shares) is within
