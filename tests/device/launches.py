@@ -24,6 +24,7 @@ def launch_linear(tests: LinearKernelConformance) -> int:
     """Run some numbers of rows of each layer, x of any stride, and what dequantizes; return the number of layers."""
     layers = tests.given(("family",), whole=False)
     for (hazard,) in layers:
+        print(hazard.name, flush=True)
         case = tests.case(hazard)
         for rows in ROWS:
             x = case.inputs(rows)
@@ -40,6 +41,7 @@ def launch_experts(tests: MoEKernelConformance) -> int:
     """Run each way to route some numbers of rows, x and routing of any stride; return the number of layers."""
     layers = tests.given(("form",), whole=False)
     for (hazard,) in layers:
+        print(hazard.name, flush=True)
         case = tests.case(hazard)
         for rows in ROWS:
             for kind in KINDS if rows else ("spread",):

@@ -1,5 +1,5 @@
 """
-NVIDIA's compute-sanitizer over our own kernels: `python -m tests.device.sanitize [KERNEL …] [--tools TOOL …]`.
+NVIDIA's compute-sanitizer over our own kernels: `python -m tests.device.sanitize [KERNEL …] [--tool TOOL …]`.
 
 Each tool watches each kernel in a process of its own, several at a time, with torch's caching allocator off: every
 tensor is an allocation of exactly its size, so that one byte read behind it is seen. Each tool must also find the fault
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -55,30 +56,31 @@ def watch(run: Run, sanitizer: str, logs: Path, limit: float) -> tuple[bool, str
     watched = ["tests.device.launches", run.kernel] if run.kernel else ["tests.device.planted", run.tool]
     command = [sanitizer, "--tool", run.tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     began, log = time.perf_counter(), logs / f"{run.name}.log"
-    with log.open("w") as file:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [*command, sys.executable, "-m", *watched],
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
-            done = subprocess.run(
-                [*command, sys.executable, "-m", *watched],
-                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=limit,
-            )
+            code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return False, f"not done after {limit:g} s"
+            os.killpg(process.pid, signal.SIGKILL)  # the sanitizer, and what it watches
+            code = None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = f"{lines[-1] if lines else 'nothing'} ({time.perf_counter() - began:.0f} s, ended with {done.returncode})"
-    return done.returncode == (0 if run.kernel else FOUND), said
+    took = f"{time.perf_counter() - began:.0f} s, {'cut short' if code is None else f'ended with {code}'}"
+    return code == (0 if run.kernel else FOUND), f"{lines[-1] if lines else 'nothing'} ({took})"
 
 
 def main() -> int:
     """Watch all that is asked for, and print a line for each."""
     parser = argparse.ArgumentParser(description="compute-sanitizer over our GPU kernels")
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="names; all of our own when left out")
-    parser.add_argument(
-        "--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="of the sanitizer; all when left out"
-    )
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="of the sanitizer; all when left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that one process may take")
     parser.add_argument("--logs", type=Path, default=Path(".cache/sanitizer"), help="folder that all output goes to")
@@ -90,7 +92,7 @@ def main() -> int:
         )
         return 2
     asked.logs.mkdir(parents=True, exist_ok=True)
-    runs = [Run(tool, kernel) for tool in asked.tools for kernel in (None, *(asked.kernels or kernels()))]
+    runs = [Run(tool, kernel) for tool in asked.tool or TOOLS for kernel in (None, *(asked.kernels or kernels()))]
     right = True
     with ThreadPoolExecutor(asked.jobs) as pool:
         results = pool.map(lambda run: watch(run, sanitizer, asked.logs, asked.limit), runs)

@@ -51,17 +51,9 @@ def apply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> tor
     meta, tensors = prepared.meta, prepared.tensors
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if meta["parts"] == 1:
-        y = linear_for(flat, bias)(
-            flat,
-            tensors["codes.0"],
-            tensors.get("scales.0"),
-            tensors.get("zeros.0"),
-            tensors.get("factor.0"),
-            tensors.get("columns.0"),
-            bias,
-            meta["rows.0"],
-            meta["form.0"],
-        )
+        held = tensors.get
+        weight = held("codes.0"), held("scales.0"), held("zeros.0"), held("factor.0"), held("columns.0")
+        y = linear_for(flat, bias)(flat, *weight, bias, meta["rows.0"], meta["form.0"])
     else:
         results, first, linear = [], 0, linear_for(flat, bias)
         for number in range(meta["parts"]):

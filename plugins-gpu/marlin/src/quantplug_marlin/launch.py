@@ -8,6 +8,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from quantplug_marlin.choice import choose
 from quantplug_marlin.device import function, target_of
@@ -233,17 +234,16 @@ linear = register(
 )
 """`y [M, N] = x [M, K] @ W^T + bias` as one operator of torch, see `prepare.py` for the tensors."""
 
-_BYSTANDERS = tuple(
-    found
-    for found in (
-        getattr(torch._C, "_len_torch_dispatch_stack", None),
-        getattr(torch._C, "_len_torch_function_stack", None),
-        getattr(torch._C._functorch, "peek_interpreter_stack", None),
-        getattr(torch._C, "_get_tracing_state", None),
-    )
-    if found is not None
-)
-"""Each says whether some part of torch wants to see operators: modes of either kind, transformations, the tracer."""
+
+def _unknown() -> int:
+    """Stand in for a question that this torch cannot be asked: somebody may see operators."""
+    return 1
+
+
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
+_function_modes = getattr(torch._C, "_len_torch_function_stack", _unknown)
+_transformation = getattr(torch._C._functorch, "peek_interpreter_stack", _unknown)
+_tracer = getattr(torch._C, "_get_tracing_state", _unknown)
 
 
 def linear_for(x: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:
@@ -251,14 +251,20 @@ def linear_for(x: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torc
     Return what computes a product: the operator, or at once what it does, where nobody would see the operator.
 
     Torch's way to an operator's implementation in Python takes as long on the host as a small product on the GPU.
+    Operators are seen by its compiler, gradients, modes, transformations and its tracer, and by subclasses of tensors.
     """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cuda:
+    if (
+        is_compiling()
+        or type(x) is not torch.Tensor
+        or not x.is_cuda
+        or x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or _dispatch_modes()
+        or _function_modes()
+        or _transformation() is not None
+        or _tracer() is not None
+    ):
         return linear
-    if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
-        return linear
-    for watches in _BYSTANDERS:
-        if watches():
-            return linear
     return linear_now
 
 
