@@ -29,7 +29,7 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton compiles for the GPU here: see tests/device", allow_module_level=True)
 
-from quantplug_triton import w8a8launch  # needs triton
+from quantplug_triton import quantizelaunch, w8a8launch  # need triton
 
 KERNEL = TritonQuantizedKernel()
 GPU = Platform.parse("cuda:9.0")
@@ -90,9 +90,40 @@ def test_more_rows_take_other_tiles(family, rows):
     case.check(x, case.apply(x), f"{rows} rows")
 
 
+@pytest.mark.parametrize(
+    ("rows", "outputs", "large", "wanted"),
+    [
+        (1, 4096, True, (16, 128, 4, 4, 8)),
+        (1, 28672, True, (16, 128, 4, 4, 1)),
+        (64, 4096, True, (64, 64, 4, 4, 4)),
+        (128, 4096, True, (128, 64, 4, 4, 4)),
+        (2048, 4096, True, (128, 128, 8, 4, 1)),
+        (2048, 4096, False, (64, 128, 4, 3, 1)),
+    ],
+)
+def test_a_product_is_cut_to_what_132_multiprocessors_hold(rows, outputs, large, wanted):
+    assert w8a8launch.cut(rows, outputs, 32, 132, large=large) == wanted
+
+
+def test_every_tile_is_computed_whatever_the_order():
+    """More tiles than go abreast, the last of them alone, and several rows of tiles."""
+    weight = replace(FAMILIES["x-float8"].problem.segments[0], out_features=9 * 128 + 5)
+    hazard = replace(FAMILIES["x-float8"], problem=replace(FAMILIES["x-float8"].problem, segments=(weight,)))
+    case = prepared(hazard)
+    x = case.inputs(130)
+    case.check(x, case.apply(x), "130 rows")
+
+
+@pytest.mark.slow
+def test_the_compiler_sees_one_operator():
+    tests = LinearKernelConformance()
+    tests.kernel, tests.platform = KERNEL, GPU
+    tests.test_compiles_into_one_graph(FAMILIES["x-float8-static-fused"])
+
+
 def test_long_rows_are_quantized_in_pieces(monkeypatch):
     """Within the product, and before it."""
-    monkeypatch.setattr(w8a8launch, "_WIDEST", 64)
+    monkeypatch.setattr(quantizelaunch, "_WIDEST", 64)
     case = prepared(FAMILIES["x-float8-tiles"])
     x = case.inputs(2)
     case.check(x, case.apply(x), "within")
@@ -162,9 +193,9 @@ def test_rounding_gives_the_nearest_code_everywhere(element):
         [exact, np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, -np.float32(np.inf))]
     )
     x = torch.from_numpy(quotients)[None]
-    grid, held = GRIDS[element], w8a8launch.held_in(element, native=False)
+    grid, held = GRIDS[element], quantizelaunch.held_in(element, native=False)
     width = -(-x.shape[1] // 128) * 128
-    found, _ = w8a8launch.quantize(x, torch.ones(1), width, 128, held, "tensor", grid)
+    found, _ = quantizelaunch.quantize(x, torch.ones(1), width, 128, held, "tensor", grid)
     if element is ElementType.INT8:
         wanted = np.clip(np.rint(quotients.astype(np.float64)), -128, 127)
     else:
@@ -233,10 +264,9 @@ def test_segments_with_one_stored_scale_of_x_share_a_product():
     ("shared", "rows", "row_bytes", "tiles", "shares", "within"),
     [
         ("token", 1, 8192, 64, 8, True),
-        ("token", 2, 8192, 64, 8, True),
-        ("token", 3, 8192, 64, 8, False),  # 12 MB of rows that are read once more
-        ("group", 3, 8192, 64, 8, True),
-        ("tensor", 16, 8192, 64, 2, True),
+        ("token", 2, 8192, 64, 8, False),  # 8 MB of rows that are read once more
+        ("group", 2, 8192, 64, 8, True),
+        ("tensor", 16, 8192, 32, 8, True),
         ("power", 16, 8192, 448, 1, False),
         ("tensor", 17, 256, 1, 1, False),  # more than a tile
     ],

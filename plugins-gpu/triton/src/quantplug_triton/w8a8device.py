@@ -56,7 +56,7 @@ def multiply_quantized(
     KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, CHUNK: tl.constexpr, GROUPED: tl.constexpr,
     HELD: tl.constexpr, FUSED: tl.constexpr, SHARED: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
     FRACTION: tl.constexpr, LEAST: tl.constexpr, ROUND: tl.constexpr, EXPONENT: tl.constexpr, SPAN: tl.constexpr,
-    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ABREAST: tl.constexpr,
 ):  # fmt: skip
     """
     Compute a tile of `x [M, K] @ W^T`, or one share of it (`stride_split` apart), see `w8a8prepare.py` for the tensors.
@@ -65,14 +65,21 @@ def multiply_quantized(
     and rows share the weight's scales, of which there are several groups where it is `GROUPED`. x is codes `[M, S]` in
     the dtype `HELD`, or where `FUSED`, what is to be quantized to such. `SHARED` tells its scales: "tensor" `[1]`,
     known; "token" `[M]`, or computed by every program; "group" and "power" `[S / CHUNK, M]`, or computed per chunk.
+    Programs that follow each other take `ABREAST` tiles of outputs, then the same for the next rows: what they read of
+    the weight stays in the second-level cache until all rows had it.
     """
     FIELDS: tl.constexpr = 8 // BITS
     X_GROUPED: tl.constexpr = SHARED == "group" or SHARED == "power"
     # Integers are summed as integers where no scale comes between.
     WHOLE: tl.constexpr = HELD.is_int8() and not GROUPED and not X_GROUPED
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    share = tl.program_id(2)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    turn = tl.program_id(0) % (ABREAST * row_tiles)
+    first_tile = tl.program_id(0) // (ABREAST * row_tiles) * ABREAST
+    abreast = tl.minimum(tl.cdiv(N, BLOCK_N) - first_tile, ABREAST)
+    first_row = turn // abreast * BLOCK_M
+    outputs = (first_tile + turn % abreast) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    share = tl.program_id(1)
     places = tl.arange(0, CHUNK)
     present = rows < M
     first = share * chunks_per_split
@@ -87,7 +94,7 @@ def multiply_quantized(
     if SHARED == "tensor":
         known *= tl.load(x_scales_ptr)
     elif SHARED == "token" and FUSED:
-        for row in range(tl.program_id(1) * BLOCK_M, tl.minimum(tl.program_id(1) * BLOCK_M + BLOCK_M, M)):
+        for row in range(first_row, tl.minimum(first_row + BLOCK_M, M)):
             amax = row_magnitude(x_ptr + tl.cast(row, tl.int64) * stride_xm, K, stride_xk, SPAN)
             known = tl.where(rows == row, scale_of(amax, TOP), known)
     elif SHARED == "token":

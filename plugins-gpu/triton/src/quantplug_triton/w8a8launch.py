@@ -1,10 +1,10 @@
 """
-How a product with a quantized x is launched: x quantized within it, or by a launch before it.
+How a product with a quantized x is cut into programs and launched, x quantized within it or by a launch before it.
 
 A scale per token needs the row's largest magnitude first. Both ways are right; which one is taken goes by bytes. Within
 the product every program reads x as it is, wherever one that was quantized before is read as codes; and for a scale per
-token every program reads whole rows once more. That is cheaper as long as those reads, which the second-level cache
-serves, take less time than a launch does, whose own reads and writes of x are not even counted.
+token every program reads whole rows once more. That pays as long as those reads, which the second-level cache serves,
+take no longer than the launch that is spared.
 """
 
 from __future__ import annotations
@@ -14,72 +14,79 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from quantplug.spec import ElementType
 from quantplug_triton.device import add_shares
 from quantplug_triton.grids import GRIDS
-from quantplug_triton.launch import INTERPRETED, cut, processors
+from quantplug_triton.launch import INTERPRETED, MOST_SHARES, processors
 from quantplug_triton.prepare import kind_of, middle_of
-from quantplug_triton.quantizedevice import quantize_pieces, quantize_tokens
+from quantplug_triton.quantizelaunch import held_in, multiplies_float8, quantize, rounding, scale_of_all, span
 from quantplug_triton.w8a8device import multiply_quantized
-from quantplug_triton.w8a8fit import NATIVE, chunks_of, held_bits, shared_by
+from quantplug_triton.w8a8fit import held_bits, shared_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from quantplug.weight import Prepared
-    from quantplug_triton.grids import Grid
 
-_FUSED_BYTES = 8 << 20
-"""Bytes that the second-level cache of an H100 gives in about the time that a launch and its wait take, two us."""
+_FUSED_BYTES = 4 << 20
+"""Bytes that the second-level cache of an H100 gives in about a microsecond, as long as a launch in a graph takes."""
 
 _FUSED_ROWS = 16
 """Rows that may be quantized within a product: one narrow tile."""
 
-_WIDEST = 8192
-"""Inputs that a program holds at once."""
+_ABREAST = 8
+"""Tiles of outputs that programs which follow each other take: of 4,096 inputs in FP8, 4 MB at most."""
 
-_PIECE = 1024
-"""Inputs of a program that quantizes groups."""
+_PROGRAMS = 2
+"""Programs per multiprocessor that K is cut for, where tiles are fewer."""
 
-_LEAST_NORMAL = torch.finfo(torch.float32).tiny
+_SPARE_BYTES = 8 << 10
+"""Shared memory that is left to whatever a program needs beside the loads under way."""
 
-
-class Held(NamedTuple):
-    """The dtype that holds codes of x: to torch, and to Triton; and whether rounding to it is not enough."""
-
-    torch: torch.dtype
-    triton: tl.dtype
-    rounded: bool
-
-    @property
-    def lifted(self) -> bool:
-        """Whether codes are not held in eight bits."""
-        return self.torch.itemsize > 1
+_INTERPRETED_BYTES = 96 << 10
 
 
-def held_in(element: ElementType, *, native: bool) -> Held:
+class Cut(NamedTuple):
+    """Rows and outputs of a tile, warps that compute it, loads ahead at most, and shares of K."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    shares: int
+
+
+def cut(rows: int, outputs: int, steps: int, multiprocessors: int, *, large: bool) -> Cut:
     """
-    Return what holds codes of x where FP8 is multiplied as it is, or where it is not.
+    Return how a product is cut, see benchmarks/gpu/README.md for what was tried.
 
-    bfloat16 holds each floating-point code. Triton's interpreter multiplies float32.
+    Args:
+        rows: M.
+        outputs: N.
+        steps: of the loop over chunks.
+        multiprocessors: of the device.
+        large: whether a program may compute 128 rows of 128 outputs.
     """
-    if element is ElementType.INT8:
-        return Held(torch.int8, tl.int8, True)
-    if INTERPRETED:
-        return Held(torch.float32, tl.float32, True)
-    if not native:
-        return Held(torch.bfloat16, tl.bfloat16, True)
-    if element is ElementType.FLOAT8_E5M2:
-        return Held(torch.float8_e5m2, tl.float8e5, False)
-    return Held(torch.float8_e4m3fn, tl.float8e4nv, element is not ElementType.FLOAT8_E4M3FN)
+    if rows <= 64:
+        block_m = max(16, triton.next_power_of_2(rows))
+        block_n, warps, stages = (128 if rows <= 16 else 64), 4, 4
+    elif large:
+        block_m, block_n, warps, stages = (128, 128, 8, 4) if rows > 128 else (128, 64, 4, 4)
+    else:
+        block_m, block_n, warps, stages = 64, 128, 4, 3
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n)
+    # A power of two, rounded down: sums of shares have to be written, read and added up.
+    wanted = 1 << max(1, _PROGRAMS * multiprocessors // tiles).bit_length() - 1
+    return Cut(block_m, block_n, warps, stages, max(1, min(MOST_SHARES, steps // 2, wanted)))
 
 
 @cache
-def multiplies_float8(index: int | None) -> bool:
-    """Whether a device has a product of FP8 whose sums are known."""
-    return index is not None and "{}.{}".format(*torch.cuda.get_device_capability(index)) in NATIVE
+def shared_bytes(index: int | None) -> int:
+    """Return the shared memory that a program may have on a device."""
+    if index is None:
+        return _INTERPRETED_BYTES
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def is_fused(shared: str, rows: int, row_bytes: int, tiles: int, shares: int) -> bool:
@@ -100,9 +107,10 @@ def is_fused(shared: str, rows: int, row_bytes: int, tiles: int, shares: int) ->
 def call_quantized(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `[..., N]` for x `[..., K]`."""
     tensors, meta, problem = prepared.tensors, prepared.meta, prepared.problem
-    chunks, element = chunks_of(problem), problem.segments[0].weight.element
-    if problem.activation is None or chunks is None:
+    if problem.activation is None:
         raise TypeError("prepared for a problem whose file does not permit to quantize x")
+    element = problem.segments[0].weight.element
+    form = [kind_of(element), held_bits(element), middle_of(element), meta["chunk"], meta["per_group"]]
     flat = x.reshape(-1, x.shape[-1])
     results, first = [], 0
     for number in range(meta["parts"]):
@@ -114,13 +122,7 @@ def call_quantized(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | Non
                 tensors[f"scales.{number}"],
                 tensors.get(f"x_scale.{number}"),
                 None if bias is None else bias[first : first + rows],
-                [
-                    kind_of(element),
-                    held_bits(element),
-                    middle_of(element),
-                    *chunks[:2],
-                    meta[f"rows_per_scale.{number}"],
-                ],
+                [*form, meta[f"rows_per_scale.{number}"]],
                 problem.activation.element.value,
                 shared_by(problem.activation),
             )
@@ -135,38 +137,40 @@ def _linear_quantized(
     bias: torch.Tensor | None, form: Sequence[int], element: str, shared: str,
 ) -> torch.Tensor:  # fmt: skip
     kind, bits, middle, chunk, per_group, rows_per_scale = form
-    x, (rows, inputs), outputs = given, given.shape, codes.shape[0]
+    x, (rows, inputs), outputs, index = given, given.shape, codes.shape[0], given.device.index
     y = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED else x.dtype, device=x.device)
     if rows == 0:
         return y.to(x.dtype)
-    fields = 8 // bits
+    grid, held = GRIDS[ElementType(element)], held_in(ElementType(element), native=multiplies_float8(index))
+    fields, grouped = 8 // bits, scales.shape[0] > 1
     chunks = codes.shape[1] // chunk * fields
-    plan = cut(rows, outputs, chunks // fields, processors(x.device.index))
+    # Where chunks are scaled one by one, or codes lifted, a large tile does not fit into registers or shared memory.
+    large = not (grouped or held.lifted or shared in ("group", "power")) and shared_bytes(index) > 4 * 256 * chunk
+    plan = cut(rows, outputs, chunks // fields, processors(index), large=large)
     steps = triton.cdiv(chunks // fields, plan.shares)
     shares = triton.cdiv(chunks // fields, steps)
     tiles = triton.cdiv(outputs, plan.block_n)
 
-    grid = GRIDS[ElementType(element)]
-    held = held_in(ElementType(element), native=multiplies_float8(x.device.index))
     if shared == "tensor" and x_scale is None:
-        x_scale = _scale_of(x, grid.top)
+        x_scale = scale_of_all(x, grid.top)
     fused = is_fused(shared, rows, inputs * x.element_size(), tiles, shares)
     if not fused:
         x, x_scale = quantize(x, x_scale, chunks * chunk, chunk, held, shared, grid)
     if held.lifted and bits == 8:
         codes = codes.view(torch.uint8)
+    loaded = chunk * (plan.block_n + plan.block_m * fields * x.element_size())
+    stages = max(2, min(plan.stages, (shared_bytes(index) - _SPARE_BYTES) // loaded))
 
     whole = shares == 1
     target = y if whole else torch.empty(shares, rows, outputs, dtype=torch.float32, device=x.device)
-    multiply_quantized[(tiles, triton.cdiv(rows, plan.block_m), shares)](
+    multiply_quantized[(tiles * triton.cdiv(rows, plan.block_m), shares)](
         x, x_scale, codes, scales, bias if whole else None, target,
         rows, outputs, inputs, codes.shape[1], chunks, steps * fields, scales.shape[0], per_group, rows_per_scale,
         scales.shape[1], x.stride(0), x.stride(1), outputs, rows * outputs,
-        KIND=kind, BITS=bits, MIDDLE=middle, CHUNK=chunk, GROUPED=scales.shape[0] > 1,
-        HELD=held.triton, FUSED=fused, SHARED=shared, EXPONENT=grid.exponent, SPAN=_span(inputs),
-        **_rounding(grid, held),
-        BIAS=whole and bias is not None, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
-        num_warps=plan.warps, num_stages=plan.stages,
+        KIND=kind, BITS=bits, MIDDLE=middle, CHUNK=chunk, GROUPED=grouped, HELD=held.triton, FUSED=fused,
+        SHARED=shared, EXPONENT=grid.exponent, SPAN=span(inputs), **rounding(grid, held),
+        BIAS=whole and bias is not None, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, ABREAST=_ABREAST,
+        num_warps=plan.warps, num_stages=stages,
     )  # fmt: skip
     if not whole:
         add_shares[(triton.cdiv(outputs, 256), rows)](
@@ -174,50 +178,6 @@ def _linear_quantized(
             SHARES=shares, FACTOR=False, BIAS=bias is not None, BLOCK=256, num_warps=2,
         )  # fmt: skip
     return y.to(given.dtype)
-
-
-def quantize(
-    x: torch.Tensor, x_scale: torch.Tensor | None, width: int, chunk: int, held: Held, shared: str, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes `[M, width]` of x `[M, K]`, and its scales as the product reads them; `x_scale` is the known one."""
-    rows, inputs = x.shape
-    codes = torch.empty(rows, width, dtype=held.torch, device=x.device)
-    if shared == "token":
-        x_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-        block = _span(width)
-        quantize_tokens[(rows,)](
-            x, codes, x_scale, inputs, width, x.stride(0), x.stride(1), **_rounding(grid, held),
-            PIECES=triton.cdiv(width, block), BLOCK=block, num_warps=max(1, min(8, block // 512)),
-        )  # fmt: skip
-        return codes, x_scale
-    if x_scale is None:
-        dtype = torch.uint8 if shared == "power" else torch.float32
-        x_scale = torch.empty(width // chunk, rows, dtype=dtype, device=x.device)
-    quantize_pieces[(rows, triton.cdiv(width, _PIECE))](
-        x, codes, x_scale, rows, inputs, width, x.stride(0), x.stride(1), **_rounding(grid, held),
-        SHARED=shared, EXPONENT=grid.exponent, GROUPS=_PIECE // chunk, GROUP=chunk, num_warps=4,
-    )  # fmt: skip
-    return codes, x_scale
-
-
-def _rounding(grid: Grid, held: Held) -> dict[str, float | bool]:
-    """Return how the device's code rounds to codes."""
-    return {
-        "TOP": grid.top, "BOTTOM": grid.bottom, "FRACTION": grid.fraction, "LEAST": grid.least, "ROUND": held.rounded,
-    }  # fmt: skip
-
-
-def _span(inputs: int) -> int:
-    """Return how many inputs of a row a program holds at once."""
-    power: int = triton.next_power_of_2(inputs)
-    return min(_WIDEST, max(16, power))
-
-
-def _scale_of(x: torch.Tensor, top: float) -> torch.Tensor:
-    """Return float32 `[1]`, the scale of all of x; NaN and infinities stay."""
-    amax = torch.linalg.vector_norm(x, float("inf")).to(torch.float32)
-    scale: torch.Tensor = (amax / top).clamp_(min=_LEAST_NORMAL).reshape(1)
-    return scale
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, *others: object) -> torch.Tensor:

@@ -53,7 +53,12 @@ def prepare_quantized(
     stored = _stored_scales(problem, activation)
     layout = parts(problem.segments, together=len(set(stored)) <= 1)
     tensors: dict[str, torch.Tensor] = {}
-    meta = {"parts": len(layout), "rounded": int(any(is_rounded(weight) for weight in segments))}
+    meta = {
+        "parts": len(layout),
+        "chunk": chunks.size,
+        "per_group": chunks.per_group,
+        "rounded": int(any(is_rounded(weight) for weight in segments)),
+    }
     for number, (end, count) in enumerate(zip(accumulate(layout), layout, strict=True)):
         part = segments[end - count : end]
         rows = sum(weight.out_features for weight in part)
