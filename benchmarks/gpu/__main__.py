@@ -5,8 +5,6 @@ Linear layers and experts on a GPU, beside peers in the same run: `python -m ben
 from __future__ import annotations
 
 import argparse
-import sys
-import tempfile
 import time
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -48,21 +46,18 @@ def main() -> None:
     cases = [case for case in cases if case.kind in options.kinds]
     contenders = _contenders(cases, options.only)
     names = {kind: _names(contenders, kind) for kind in dict.fromkeys(case.kind for case in cases)}
-    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
-        checked = check_all(tasks_of(contenders, cases, rows), Path(folder))
-        report = Report("", names, [], refusals_of(checked))
-        ready = time.monotonic()
-        print(*(f"not run: {line}" for line in report.refusals), sep="\n")
-        slowest = sorted(checked, key=lambda result: -result.seconds)[:5]
-        print("longest to check:", *(f"{r.name}, {r.case.format}, {r.case.layer} {r.seconds:.0f} s;" for r in slowest))
-        limits = ceilings()
-        for point in measure(checked, cases, rows, limits, Path(folder)):
-            report.points.append(point)
-            print(progress(point, names[point.kind]), flush=True)
-            spent = f"Checked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s."
-            report.machine = f"{_machine(limits)} {spent}"
-            if options.json:
-                report.write(options.json)
+    checked = check_all(tasks_of(contenders, cases, rows))
+    report = Report("", names, [], refusals_of(checked))
+    ready = time.monotonic()
+    print(*(f"not run: {line}" for line in report.refusals), sep="\n")
+    limits = ceilings()
+    for point in measure(checked, cases, rows, limits):
+        report.points.append(point)
+        print(progress(point, names[point.kind]), flush=True)
+        spent = f"Checked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s."
+        report.machine = f"{_machine(limits)} {spent}"
+        if options.json:
+            report.write(options.json)
     print("", *markdown(report, whole=True), sep="\n")
 
 
@@ -111,11 +106,6 @@ def _names(contenders: list[Contender], kind: Kind) -> Names:
 
 def _wanted(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _memory() -> str | None:
-    """Return a folder that lies in memory, where there is one."""
-    return "/dev/shm" if sys.platform == "linux" and Path("/dev/shm").is_dir() else None
 
 
 if __name__ == "__main__":

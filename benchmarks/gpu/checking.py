@@ -1,8 +1,7 @@
 """
 The first phase: every contender prepares every layer, compiles what it needs and is held against a float32 product.
 
-Several processes do this at once; nothing is timed. What takes long to prepare is left in a folder for the second
-phase.
+Several processes do this at once; nothing is timed. What was compiled lies in caches on disk, for the second phase.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +54,9 @@ class Checked:
     seconds: float = 0.0
 
 
+_LONG_SECONDS = 10.0
+"""A check that takes longer is mentioned."""
+
 _LOST = "the GPU was broken before"
 
 Task = tuple[str, "Case", tuple[int, ...]]
@@ -82,22 +83,22 @@ def tasks_of(contenders: list[Contender], cases: list[Case], rows: dict[Kind, tu
     return [task for *_, task in sorted(found, key=lambda each: each[:2], reverse=True)]
 
 
-def check_all(tasks: list[Task], folder: Path) -> list[Checked]:
+def check_all(tasks: list[Task]) -> list[Checked]:
     """
     Check contenders on layers, in as many processes as there are processors.
 
     A kernel that breaks the GPU for its process takes the tasks with it that come there later: they are done again.
     """
-    done = _checked_by_pool(tasks, folder)
+    done = _checked_by_pool(tasks)
     lost = [task for task, result in zip(tasks, done, strict=True) if result.refused == _LOST]
-    again = iter(_checked_by_pool(lost, folder) if lost else [])
+    again = iter(_checked_by_pool(lost) if lost else [])
     return [next(again) if result.refused == _LOST else result for result in done]
 
 
-def _checked_by_pool(tasks: list[Task], folder: Path) -> list[Checked]:
+def _checked_by_pool(tasks: list[Task]) -> list[Checked]:
     workers = max(1, min(len(tasks), (os.cpu_count() or 4) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-        return list(pool.map(_check, tasks, [folder] * len(tasks)))
+        return list(pool.map(_check, tasks))
 
 
 def refusals_of(checked: list[Checked]) -> list[str]:
@@ -113,19 +114,11 @@ def refusals_of(checked: list[Checked]) -> list[str]:
     ]
 
 
-def load(contender: Contender, case: Case, folder: Path) -> Held:
-    """Return what a contender holds of a layer, from the folder where it takes long to make."""
-    if contender.quick_to_prepare:
-        return contender.prepare(case)
-    tensors, facts = torch.load(_place(folder, contender.name, case), weights_only=True)
-    return Held({name: tensor.to(CUDA) for name, tensor in tensors.items()}, facts)
-
-
 def _begin() -> None:
     torch.set_num_threads(2)
 
 
-def _check(task: Task, folder: Path) -> Checked:
+def _check(task: Task) -> Checked:
     name, case, rows = task
     result = Checked(name, case)
     if not _usable():
@@ -137,9 +130,6 @@ def _check(task: Task, folder: Path) -> Checked:
         result.refused = contender.refuses(case)
         if not result.refused:
             held = contender.prepare(case)
-            if not contender.quick_to_prepare:
-                tensors = {key: tensor.cpu() for key, tensor in held.tensors.items()}
-                torch.save((tensors, held.facts), _place(folder, name, case))
             for count in rows:
                 _compare(contender, held, case, count, result)
     except Exception as error:  # noqa: BLE001  # a contender that breaks must not take the others with it
@@ -148,6 +138,8 @@ def _check(task: Task, folder: Path) -> Checked:
     if _usable():
         torch.cuda.empty_cache()
     result.seconds = time.monotonic() - started
+    if result.seconds > _LONG_SECONDS:
+        print(f"{name}, {case.format}, {case.layer}: checked in {result.seconds:.0f} s", flush=True)
     return result
 
 
@@ -174,7 +166,3 @@ def _compare(contender: Contender, held: Held, case: Case, count: int, result: C
     if not error < most:
         del result.errors[count]
         result.refused = f"wrong for {count} rows: relative error {error:.2g}"
-
-
-def _place(folder: Path, name: str, case: Case) -> Path:
-    return folder / f"{name}-{case.format}-{case.layer}.pt".replace(" ", "_")

@@ -16,7 +16,7 @@ from quantplug.detect import detect
 from quantplug.expertweights import PreparedExperts
 from quantplug.kernel import Accepted
 from quantplug.plugins import registry
-from quantplug.weight import Prepared, Weight
+from quantplug.weight import Prepared
 
 if TYPE_CHECKING:
     from benchmarks.gpu.cases import Case, Kind
@@ -47,9 +47,6 @@ class Contender(ABC):
     name: str
     kind: Kind = "linear"
     role: Role = "peer"
-
-    quick_to_prepare = True
-    """Whether preparing takes milliseconds, so that it is simply done again."""
 
     slow_to_compile = False
     """Whether its kernels take so long to compile that it has to begin first."""
@@ -108,17 +105,15 @@ class Ours(_Installed):
     """A kernel for linear layers."""
 
     kernel: LinearKernel
-    quick_to_prepare = False
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.kernel = registry().kernel(name).item
 
     def prepare(self, case: LinearCase) -> Held:
-        """Let the kernel prepare the layer as a loader does."""
-        weight = case.weight(CUDA)
-        on_cpu = Weight(weight.codes.cpu(), weight.scales.cpu(), weight.spec)
-        prepared = self.kernel.prepare(case.problem, [on_cpu], [case.of_format.params()], CUDA)
+        """Let the kernel prepare the layer."""
+        with on_the_gpu():
+            prepared = self.kernel.prepare(case.problem, [case.weight(CUDA)], [case.of_format.params()], CUDA)
         return Held(dict(prepared.tensors), dict(prepared.meta))
 
     def call(self, given: torch.Tensor, held: Held, case: LinearCase) -> torch.Tensor:
@@ -144,14 +139,25 @@ class OurExperts(_Installed):
         self.kernel = registry().moe_kernel(name).item
 
     def prepare(self, case: ExpertCase) -> Held:
-        """Let the kernel prepare one expert after the other; they are on the GPU already, which saves the time."""
-        prepared = self.kernel.prepare(case.problem, case.all_experts(CUDA), CUDA)
+        """Let the kernel prepare one expert after the other."""
+        with on_the_gpu():
+            prepared = self.kernel.prepare(case.problem, case.all_experts(CUDA), CUDA)
         return Held(dict(prepared.tensors), dict(prepared.meta))
 
     def call(self, given: Routed, held: Held, case: ExpertCase) -> torch.Tensor:
         """Run the layer."""
         prepared = PreparedExperts(self.kernel.layout_id, case.problem, held.tensors, held.facts)
         return self.kernel.apply(given.x, given.weights, given.ids, prepared)
+
+
+def on_the_gpu() -> torch.device:
+    """
+    Return a context in which tensors are made on the GPU.
+
+    A loader has weights on the CPU, where preparing all that is measured here would take minutes. What kernels do there
+    are plain operators of torch, which give the same on a GPU.
+    """
+    return CUDA
 
 
 def ours(kind: Kind, cases: list[Case]) -> list[str]:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.gpu.cases import CUDA
-from benchmarks.gpu.checking import Checked, load, make
+from benchmarks.gpu.checking import Checked, make
 from benchmarks.gpu.choice import chosen, serving
 from benchmarks.gpu.contenders import Contender, Held
 from quantplug.stopwatch import cold_copies, per_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from benchmarks.gpu.cases import Case, Kind
     from benchmarks.gpu.ceilings import Ceilings
@@ -54,13 +53,13 @@ class Point:
 
 
 def measure(
-    checked: list[Checked], cases: list[Case], rows: dict[Kind, tuple[int, ...]], limits: Ceilings, folder: Path
+    checked: list[Checked], cases: list[Case], rows: dict[Kind, tuple[int, ...]], limits: Ceilings
 ) -> Iterator[Point]:
     """Yield a point for each layer and number of rows, in the order of layers."""
     for case in cases:
         choices = chosen(case)
         running = [(make(r.name, case.kind), r) for r in checked if r.case == case and r.errors]
-        layers = {contender.name: _copies(contender, case, folder) for contender, _ in running}
+        layers = {contender.name: _copies(contender, case) for contender, _ in running}
         for count in rows[case.kind]:
             point = Point(case.kind, case.format, case.layer, count, limits.roof_us(case, count))
             point.chosen, point.chosen_two = serving(choices.one, count), serving(choices.two, count)
@@ -77,9 +76,9 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def _copies(contender: Contender, case: Case, folder: Path) -> list[Held]:
+def _copies(contender: Contender, case: Case) -> list[Held]:
     """Return so many copies of a layer that they are cold when their turn comes."""
-    held = load(contender, case, folder)
+    held = contender.prepare(case)
     return [Held(tensors, held.facts) for tensors in cold_copies(held.tensors, CUDA)]
 
 

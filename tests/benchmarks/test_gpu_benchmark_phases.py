@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from benchmarks.gpu import checking, measuring
@@ -21,10 +19,9 @@ LIMITS = Ceilings(1e12, 1e14, 2e14)
 
 
 class Reference(Contender):
-    """Multiplies with what the weight stands for, `times` as much for many rows; it keeps the weight in a file."""
+    """Multiplies with what the weight stands for, `times` as much for many rows."""
 
     name = "toy"
-    quick_to_prepare = False
 
     def __init__(self, times: float = 1.0, error: str = "") -> None:
         self.times, self.error = times, error
@@ -75,73 +72,72 @@ def play(on_cpu: pytest.MonkeyPatch, contender: Contender) -> None:
         on_cpu.setattr(module, "make", lambda name, kind: contender)
 
 
-def both(case: Case, rows: tuple[int, ...], folder: Path) -> tuple[Checked, dict[int, dict[str, float]]]:
-    checked = checking._check(("toy", case, rows), folder)
-    points = list(measuring.measure([checked], [case], {"linear": rows, "experts": rows}, LIMITS, folder))
+def both(case: Case, rows: tuple[int, ...]) -> tuple[Checked, dict[int, dict[str, float]]]:
+    checked = checking._check(("toy", case, rows))
+    points = list(measuring.measure([checked], [case], {"linear": rows, "experts": rows}, LIMITS))
     return checked, {point.rows: point.us for point in points}
 
 
-def test_who_is_right_is_measured(on_cpu, tmp_path):
+def test_who_is_right_is_measured(on_cpu):
     play(on_cpu, Reference())
-    checked, us = both(LinearCase("int4 g128", 128, 256), (1, 80), tmp_path)
+    checked, us = both(LinearCase("int4 g128", 128, 256), (1, 80))
     assert checked.refused == ""
     assert us == {1: {"toy": 1.0}, 80: {"toy": 80.0}}
-    assert [file.name for file in tmp_path.iterdir()] == ["toy-int4_g128-128_x_256.pt"]
 
 
-def test_who_is_wrong_is_measured_where_it_is_right_only(on_cpu, tmp_path, capsys):
+def test_who_is_wrong_is_measured_where_it_is_right_only(on_cpu, capsys):
     play(on_cpu, Reference(times=1.02))
-    checked, us = both(LinearCase("int4 g128", 128, 256), (1, 16, 80), tmp_path)
+    checked, us = both(LinearCase("int4 g128", 128, 256), (1, 16, 80))
     assert checked.refused == "wrong for 16 rows: relative error 0.02"
     assert us == {1: {"toy": 1.0}, 16: {}, 80: {}}
 
 
-def test_who_breaks_is_left_out_with_the_reason(on_cpu, tmp_path, capsys):
+def test_who_breaks_is_left_out_with_the_reason(on_cpu, capsys):
     play(on_cpu, Reference(error="no such kernel\nat all"))
-    checked, us = both(LinearCase("int4 g128", 128, 256), (1,), tmp_path)
+    checked, us = both(LinearCase("int4 g128", 128, 256), (1,))
     assert checked.refused == "RuntimeError: no such kernel"
     assert us == {1: {}}
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_what_breaks_while_it_is_measured_is_said(on_cpu, tmp_path, capsys):
+def test_what_breaks_while_it_is_measured_is_said(on_cpu, capsys):
     contender = Reference()
     play(on_cpu, contender)
     case = LinearCase("int4 g128", 128, 256)
-    checked = checking._check(("toy", case, (1,)), tmp_path)
+    checked = checking._check(("toy", case, (1,)))
     contender.error = "cannot be captured"
-    [point] = measuring.measure([checked], [case], {"linear": (1,)}, LIMITS, tmp_path)
+    [point] = measuring.measure([checked], [case], {"linear": (1,)}, LIMITS)
     assert point.us == {}
     assert "not measured: toy for int4 g128, 128 x 256, M = 1: cannot be captured" in capsys.readouterr().out
 
 
-def test_a_point_knows_what_a_plan_takes(on_cpu, tmp_path):
+def test_a_point_knows_what_a_plan_takes(on_cpu):
     play(on_cpu, Reference())
     case = LinearCase("int4 g128", 128, 256)
-    checked = checking._check(("toy", case, (1, 16)), tmp_path)
-    points = list(measuring.measure([checked], [case], {"linear": (1, 16)}, LIMITS, tmp_path))
+    checked = checking._check(("toy", case, (1, 16)))
+    points = list(measuring.measure([checked], [case], {"linear": (1, 16)}, LIMITS))
     assert [(point.chosen, point.chosen_two) for point in points] == [("toy", "toy"), ("other", "")]
     assert points[0].roof_us == pytest.approx(case.read_bytes(1) / 1e6)
 
 
 @pytest.mark.parametrize(("off", "refused"), [(1.0, ""), (1.02, "wrong for 3 rows: relative error 0.02")])
-def test_experts_are_held_against_their_definition(on_cpu, tmp_path, off, refused):
+def test_experts_are_held_against_their_definition(on_cpu, off, refused):
     on_cpu.setitem(LAYERS, "small", Sizes(experts=4, top_k=2, hidden=128, intermediate=128))
     contender = Experts()
     contender.off = off
     play(on_cpu, contender)
-    checked, us = both(ExpertCase("int4 g128", "small"), (3,), tmp_path)
+    checked, us = both(ExpertCase("int4 g128", "small"), (3,))
     assert checked.refused == refused
     assert us == {3: {} if refused else {"toy experts": 3.0}}
 
 
-def test_what_came_after_a_broken_gpu_is_done_again(on_cpu, tmp_path):
+def test_what_came_after_a_broken_gpu_is_done_again(on_cpu):
     case = LinearCase("int4 g128", 128, 256)
     rounds = iter([[Checked("a", case), Checked("b", case, checking._LOST)], [Checked("b", case, "refused")]])
     asked = []
-    on_cpu.setattr(checking, "_checked_by_pool", lambda tasks, folder: asked.append(tasks) or next(rounds))
+    on_cpu.setattr(checking, "_checked_by_pool", lambda tasks: asked.append(tasks) or next(rounds))
     tasks = [("a", case, (1,)), ("b", case, (1,))]
-    assert [result.refused for result in checking.check_all(tasks, tmp_path)] == ["", "refused"]
+    assert [result.refused for result in checking.check_all(tasks)] == ["", "refused"]
     assert asked == [tasks, tasks[1:]]
 
 
