@@ -53,15 +53,22 @@ class TestCublasExperts(MoEKernelConformance):
 @pytest.mark.parametrize("name", HAZARDS)
 def test_what_the_catalogue_lacks_is_within_the_bound(name: str) -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
-    for rows in (1, 70, 600):
+    for rows in (1, 70):
         x, routing = case.inputs(rows), case.route(rows)
         case.check(x, routing, case.apply(x, routing), f"{rows} rows")
+
+
+@pytest.mark.parametrize(("name", "rows"), [("many", 90), ("static-bias", 270)])
+def test_choices_that_two_launches_put_in_order_are_within_the_bound(name: str, rows: int) -> None:
+    case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
+    x, routing = case.inputs(rows), case.route(rows)
+    case.check(x, routing, case.apply(x, routing), f"{rows} rows")
 
 
 @pytest.mark.parametrize("name", ["many", "static-bias"])
 def test_a_graph_follows_the_router(name: str) -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
-    for rows in (5, 200):
+    for rows in (5, 90):
         x, routing = case.inputs(rows), case.route(rows)
         case.apply(x, routing)
         graph = torch.cuda.CUDAGraph()
@@ -113,7 +120,7 @@ def layer(experts: int, top_k: int, hidden: int, intermediate: int) -> PreparedE
 
 
 @pytest.mark.parametrize(("experts", "top_k", "hidden", "intermediate"), [(128, 8, 2048, 768), (8, 2, 4096, 14336)])
-@pytest.mark.parametrize("rows", [1, 80, 1500])
+@pytest.mark.parametrize("rows", [1, 80, 3000])
 def test_layers_of_real_sizes_are_near_the_float64_product(
     experts: int, top_k: int, hidden: int, intermediate: int, rows: int
 ) -> None:
@@ -125,8 +132,9 @@ def test_layers_of_real_sizes_are_near_the_float64_product(
     wanted = torch.zeros_like(y)
     for expert in ids.unique().tolist():
         chosen, slots = (ids == expert).nonzero(as_tuple=True)
-        h = product(x[chosen], made, "w13", expert)
-        output = product(between(h.float(), made.problem.function), made, "w2", expert)
+        # As the kernel does: h is quantized, and a code that roundings carry over a boundary is off by a whole step.
+        sums = product(x[chosen], made, "w13", expert).bfloat16()
+        output = product(between(sums.float(), made.problem.function), made, "w2", expert)
         wanted.index_add_(0, chosen, output * weights[chosen, slots, None])
     assert float((y - wanted).norm() / wanted.norm()) < 2**-6
 

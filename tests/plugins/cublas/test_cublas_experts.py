@@ -79,7 +79,7 @@ def multiply(
     assert (bias, scale_result, out_dtype, use_fast_accum) == (None, None, torch.bfloat16, False)
     groups, inputs, outputs = weights.shape
     assert inputs % 16 == outputs % 16 == 0
-    assert weights.stride() == (inputs * outputs, 1, inputs)
+    assert weights.stride()[1:] == (1, inputs)
     assert x.is_contiguous()
     assert x_scales.shape == x.shape[:1]
     assert scales.shape == (groups, outputs)
@@ -231,6 +231,39 @@ def test_very_many_choices_are_multiplied_in_several_goes(monkeypatch):
     whole = case.apply(x, routing)
     monkeypatch.setattr(mixture, "_MOST_CHOICES", 8)
     assert_bitwise_equal(case.apply(x, routing), whole, "y in three goes")
+
+
+def test_groups_without_rows_stand_between_where_torchs_tile_would_be_slow(monkeypatch):
+    case = prepared("x-float8")
+    x, routing = case.inputs(40), case.route(40)
+    whole = case.apply(x, routing)
+    seen = []
+    monkeypatch.setattr(
+        torch,
+        "_scaled_grouped_mm",
+        lambda *args, **options: seen.append(args[1].shape[0]) or multiply(*args, **options),
+    )
+    monkeypatch.setattr(mixture, "_FEW", 15)
+    assert_bitwise_equal(case.apply(x, routing), whole, "y by more groups")
+    assert seen == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "outputs", "inputs", "steps"),
+    [
+        (32768, 128, 1536, 2048, 2),
+        (131072, 128, 1536, 2048, 8),
+        (16384, 128, 1536, 2048, 1),  # 128 rows each: torch takes its tile for few
+        (8192, 8, 28672, 4096, 1),  # two sizes of 2048 or more: the tile is small enough
+        (60000, 8, 4096, 768, 1),  # so they are with so many rows
+        (16384, 8, 1536, 512, 32),
+        (16384, 8, 144, 512, 1),  # 144 outputs cannot be cut into 32
+        (4000, 1, 1536, 512, 1),  # a single expert has nothing behind it
+        (300, 2, 128, 64, 1),
+    ],
+)
+def test_torchs_choice_of_a_tile_is_steered_by_groups_without_rows(rows, groups, outputs, inputs, steps):
+    assert mixture._steps(rows, groups, outputs, inputs) == steps
 
 
 def test_strided_operands_are_read_where_they_lie(ways):

@@ -10,6 +10,7 @@ import torch
 
 from quantplug.moe import ExpertFunction
 from quantplug_cublas import expertplain
+from quantplug_cublas.expertfit import MOST_GROUPS
 from quantplug_cublas.fit import fill
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ else:
 
 _MOST_CHOICES = 1 << 17
 """Choices that are multiplied together, so that what lies between the products of very many rows stays in bounds."""
+
+_FEW, _MANY = 128, 2048
 
 
 def apply(
@@ -89,10 +92,43 @@ def _experts(
 def _multiply(
     x: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """Return bfloat16 `[rows, N]`; rows behind the last group's hold anything."""
+    """
+    Return bfloat16 `[rows, N]`; rows behind the last group's hold anything.
+
+    torch chooses its tile by the rows that a group has on average. Groups without rows, which have a part of an
+    expert's codes between the one before and the next, make it take the one for few.
+    """
+    (groups, outputs, inputs), steps = codes.shape, _steps(len(x), *codes.shape)
+    if steps > 1:
+        count = steps * (groups - 1) + 1
+        codes = codes.as_strided((count, outputs, inputs), (outputs * inputs // steps, inputs, 1))
+        scales = scales.as_strided((count, outputs), (outputs // steps, 1))
+        ends = ends.repeat_interleave(steps)[:count]
     return torch._scaled_grouped_mm(
         x, codes.transpose(1, 2), x_scales, scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False
     )
+
+
+def _steps(rows: int, groups: int, outputs: int, inputs: int) -> int:
+    """
+    Return in how many steps groups get from one expert's codes to the next: one, or a power of two that keeps torch
+    from its tile of 128 x 256, where precise sums do not fit into registers.
+    """
+    steps = 1
+    while _is_slow(rows // (steps * (groups - 1) + 1), outputs, inputs):
+        steps *= 2
+        if outputs % steps or steps * (groups - 1) >= MOST_GROUPS:
+            return 1
+    return steps
+
+
+def _is_slow(rows: int, outputs: int, inputs: int) -> bool:
+    """
+    Return whether torch takes that tile for so many rows of a group.
+
+    See `dispatch_fp8_grouped_gemm_on_tile_size` in `ScaledGroupMM.cu`, which torch 2.9 to 2.13 have alike.
+    """
+    return min(rows, outputs) > _FEW and sorted((rows, outputs, inputs))[1] < _MANY
 
 
 def _fake(x: torch.Tensor, *others: object) -> torch.Tensor:
