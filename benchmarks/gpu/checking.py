@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,8 @@ from benchmarks.gpu.contenders import Contender, Held, OurExperts, Ours
 from benchmarks.gpu.peers import PEERS
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from benchmarks.gpu.cases import Case, Kind
 
 LARGEST_ERROR = 1e-2
@@ -89,10 +91,15 @@ def check_all(tasks: list[Task]) -> list[Checked]:
 
     A kernel that breaks the GPU for its process takes the tasks with it that come there later: they are done again.
     """
-    done = _checked_by_pool(tasks)
-    lost = [task for task, result in zip(tasks, done, strict=True) if result.refused == _LOST]
-    again = iter(_checked_by_pool(lost) if lost else [])
-    return [next(again) if result.refused == _LOST else result for result in done]
+    works = [make(name, case.kind).work(case) for name, case, _ in tasks]
+    first: dict[Hashable, Task] = {}
+    for work, task in zip(works, tasks, strict=True):
+        first.setdefault(work, task)
+    done = dict(zip(first, _checked_by_pool(list(first.values())), strict=True))
+    lost = [work for work, result in done.items() if result.refused == _LOST]
+    if lost:
+        done |= zip(lost, _checked_by_pool([first[work] for work in lost]), strict=True)
+    return [replace(done[work], case=case) for work, (_, case, _) in zip(works, tasks, strict=True)]
 
 
 def _checked_by_pool(tasks: list[Task]) -> list[Checked]:

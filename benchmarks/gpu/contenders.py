@@ -19,6 +19,8 @@ from quantplug.plugins import registry
 from quantplug.weight import Prepared
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from benchmarks.gpu.cases import Case, Kind
     from quantplug.kernel import LinearKernel
     from quantplug.moekernel import Kernel, MoEKernel
@@ -67,6 +69,14 @@ class Contender(ABC):
         """Return whether it multiplies x as the format permits, and not as it is."""
         return False
 
+    def work(self, case: Case) -> Hashable:
+        """
+        Return what a call computes, as a key: what is alike is checked and measured once.
+
+        Who leaves x as it is does the same for formats that differ only in what they permit about x.
+        """
+        return self.name, case.kind, case.layer, case.of_format.weight, self.quantizes_x(case)
+
     def ready(self, given: Any, case: Any) -> Any:
         """Return what the call takes in place of an input, made outside of the time that is measured."""
         return given
@@ -94,6 +104,11 @@ class _Installed(Contender):
             return verdict.reason
         refusal = self.kernel.probe(platform)
         return "" if refusal is None else refusal.reason
+
+    def work(self, case: Case) -> Hashable:
+        """What a kernel refuses is no work of its own."""
+        accepts = isinstance(self.kernel.supports(case.problem, detect()), Accepted)  # type: ignore[arg-type]  # as above
+        return super().work(case), accepts
 
     def quantizes_x(self, case: Case) -> bool:
         """As the kernel's verdict says."""

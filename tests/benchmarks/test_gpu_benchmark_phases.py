@@ -132,13 +132,33 @@ def test_experts_are_held_against_their_definition(on_cpu, off, refused):
 
 
 def test_what_came_after_a_broken_gpu_is_done_again(on_cpu):
-    case = LinearCase("int4 g128", 128, 256)
-    rounds = iter([[Checked("a", case), Checked("b", case, checking._LOST)], [Checked("b", case, "refused")]])
+    play(on_cpu, Reference())
+    cases = [LinearCase("int4 g128", 128, 256), LinearCase("int4 g128", 256, 256)]
+    rounds = iter(
+        [[Checked("toy", cases[0]), Checked("toy", cases[1], checking._LOST)], [Checked("toy", cases[1], "no")]]
+    )
     asked = []
     on_cpu.setattr(checking, "_checked_by_pool", lambda tasks: asked.append(tasks) or next(rounds))
-    tasks = [("a", case, (1,)), ("b", case, (1,))]
-    assert [result.refused for result in checking.check_all(tasks)] == ["", "refused"]
+    tasks = [("toy", case, (1,)) for case in cases]
+    assert [result.refused for result in checking.check_all(tasks)] == ["", "no"]
     assert asked == [tasks, tasks[1:]]
+
+
+def test_the_same_work_is_done_once(on_cpu):
+    contender = Reference()
+    play(on_cpu, contender)
+    cases = [LinearCase("fp8 weight-only", 128, 256), LinearCase("fp8 channel w8a8", 128, 256)]
+    asked = []
+    on_cpu.setattr(checking, "_checked_by_pool", lambda tasks: asked.extend(tasks) or [*map(checking._check, tasks)])
+    checked = checking.check_all([("toy", case, (1,)) for case in cases])
+    assert [case.format for _, case, _ in asked] == ["fp8 weight-only"]
+    assert [result.case for result in checked] == cases
+    on_cpu.setattr(contender, "prepare", lambda case: asked.append(case) or Reference.prepare(contender, case))
+    points = list(measuring.measure(checked, cases, {"linear": (1,)}, LIMITS))
+    assert [point.us for point in points] == [{"toy": 1.0}] * 2
+    assert asked[1:] == cases[:1]
+    on_cpu.setattr(contender, "quantizes_x", lambda case: case.of_format.quantizes_x)
+    assert len({contender.work(case) for case in cases}) == 2
 
 
 def test_reasons_are_given_once():
