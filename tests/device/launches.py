@@ -1,5 +1,5 @@
 """
-Every way a kernel is launched, for the sanitizer to watch: `python -m tests.device.launches KERNEL`.
+Every way a kernel is launched, for the sanitizer to watch: `python -m tests.device.launches KERNEL TOOL`.
 
 Layers are those in which each aspect of the kernel's conformance catalogue occurs: all types, odd sizes, act-order,
 fused ones. Results are checked, too, so that what is watched is what the kernel is for.
@@ -52,25 +52,33 @@ def launch_experts(tests: MoEKernelConformance) -> int:
     return len(layers)
 
 
-def launch_cuts() -> int:
-    """Run Marlin's products as every device cuts them: in clusters, shares and several tiles; return their number."""
+def launch_cuts(tool: str) -> int:
+    """
+    Run Marlin's products as every device cuts them: in clusters, shares and several tiles; return their number.
+
+    Racecheck gets none in clusters. In such kernels, and no others, it reported on an H100 reads and writes that a
+    barrier of the whole block lies between: as if the blocks of a cluster, each of which has memory of its own, were
+    one. The kernel `clusters` in `planted.py` shows whether it still does.
+    """
     from tests.device.test_marlin_layers import CUTS, test_every_way_to_cut_a_product_gives_it
 
-    for cut in CUTS:
+    cuts = [cut for cut in CUTS if cut.shares == 1 or tool != "racecheck"]
+    for cut in cuts:
         for name in ("int4", "mxfp8"):
+            print(name, cut, flush=True)
             test_every_way_to_cut_a_product_gives_it(name, cut)
-    return 2 * len(CUTS)
+    return 2 * len(cuts)
 
 
-def main(name: str) -> int:
-    """Launch the kernel of that name."""
+def main(name: str, tool: str) -> int:
+    """Launch the kernel of that name, for a tool to watch."""
     found, platform = registry(), detect(registry())
     settings = {"platform": platform, "device": "cuda"}
     if name in found.kernels:
         tests = type("Tests", (LinearKernelConformance,), {"kernel": found.kernel(name).item, **settings})()
         count = launch_linear(tests)
         if name == "marlin.wna16":
-            count += launch_cuts()
+            count += launch_cuts(tool)
     else:
         tests = type("Tests", (MoEKernelConformance,), {"kernel": found.moe_kernel(name).item, **settings})()
         count = launch_experts(tests)
@@ -80,4 +88,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], sys.argv[2]))

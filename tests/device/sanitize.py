@@ -3,7 +3,8 @@ NVIDIA's compute-sanitizer over our own kernels: `python -m tests.device.sanitiz
 
 Each tool watches each kernel in a process of its own, several at a time, with torch's caching allocator off: every
 tensor is an allocation of exactly its size, so that one byte read behind it is seen. Each tool must also find the fault
-that is planted for it. Ends with 0 where it does and finds no other.
+that is planted for it. Ends with 0 where it does and finds no other. The kernel in clusters, which has no fault, only
+tells whether racecheck can be asked about such kernels.
 """
 
 from __future__ import annotations
@@ -19,25 +20,45 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.device.planted import TOOLS
+from tests.device.planted import CLUSTERS, TOOLS
 
 from quantplug.plugins import registry
 
 OURS = ("quantplug-marlin", "quantplug-triton", "quantplug-cublas")
+PLANTED = "planted"
 FOUND = 86
 """What the sanitizer ends with where it found something."""
 
 
 class Run(NamedTuple):
-    """One tool over one kernel, or over what is planted for it where there is none."""
+    """
+    One tool over one kernel.
+
+    Attributes:
+        tool: of the sanitizer.
+        kernel: its name; "planted" is the fault that the tool must find.
+    """
 
     tool: str
-    kernel: str | None
+    kernel: str
 
     @property
     def name(self) -> str:
         """What it is called in the table and on disk."""
-        return f"{self.tool}-{self.kernel or 'planted'}"
+        return f"{self.tool}-{self.kernel}"
+
+    @property
+    def command(self) -> list[str]:
+        """What is watched."""
+        if self.kernel in {PLANTED, CLUSTERS}:
+            return ["tests.device.planted", self.tool if self.kernel == PLANTED else CLUSTERS]
+        return ["tests.device.launches", self.kernel, self.tool]
+
+    def is_right(self, code: int | None) -> bool:
+        """Whether it should end with that code, None if it was cut short."""
+        if self.kernel == CLUSTERS:
+            return code in {0, FOUND}
+        return code == (FOUND if self.kernel == PLANTED else 0)
 
 
 def kernels() -> list[str]:
@@ -53,13 +74,12 @@ def kernels() -> list[str]:
 
 def watch(run: Run, sanitizer: str, logs: Path, limit: float) -> tuple[bool, str]:
     """Return whether a run ended as it should, and what it said last."""
-    watched = ["tests.device.launches", run.kernel] if run.kernel else ["tests.device.planted", run.tool]
     command = [sanitizer, "--tool", run.tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     began, log = time.perf_counter(), logs / f"{run.name}.log"
     with (
         log.open("w") as file,
         subprocess.Popen(
-            [*command, sys.executable, "-m", *watched],
+            [*command, sys.executable, "-m", *run.command],
             env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -73,14 +93,14 @@ def watch(run: Run, sanitizer: str, logs: Path, limit: float) -> tuple[bool, str
             code = None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     took = f"{time.perf_counter() - began:.0f} s, {'cut short' if code is None else f'ended with {code}'}"
-    return code == (0 if run.kernel else FOUND), f"{lines[-1] if lines else 'nothing'} ({took})"
+    return run.is_right(code), f"{lines[-1] if lines else 'nothing'} ({took})"
 
 
 def main() -> int:
     """Watch all that is asked for, and print a line for each."""
     parser = argparse.ArgumentParser(description="compute-sanitizer over our GPU kernels")
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="names; all of our own when left out")
-    parser.add_argument("--tool", action="append", choices=TOOLS, help="of the sanitizer; all when left out")
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="memcheck and racecheck when left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that one process may take")
     parser.add_argument("--logs", type=Path, default=Path(".cache/sanitizer"), help="folder that all output goes to")
@@ -92,7 +112,10 @@ def main() -> int:
         )
         return 2
     asked.logs.mkdir(parents=True, exist_ok=True)
-    runs = [Run(tool, kernel) for tool in asked.tool or TOOLS for kernel in (None, *(asked.kernels or kernels()))]
+    watched = [PLANTED, *(asked.kernels or kernels())]
+    runs = [Run(tool, kernel) for tool in asked.tool or TOOLS[:2] for kernel in watched]
+    if any(run.tool == "racecheck" for run in runs):
+        runs.append(Run("racecheck", CLUSTERS))
     right = True
     with ThreadPoolExecutor(asked.jobs) as pool:
         results = pool.map(lambda run: watch(run, sanitizer, asked.logs, asked.limit), runs)

@@ -48,12 +48,18 @@ class Way(NamedTuple):
         box_rows: rows of x that are read at once through a tensor map; 0 where there is none.
         splits: blocks that share the chunks.
         add: the launch that adds their sums.
+        outputs: N.
+        tiles: of 16 outputs.
+        chunks: of 64 inputs.
     """
 
     multiply: Launch
     box_rows: int
     splits: int
     add: Launch | None
+    outputs: int
+    tiles: int
+    chunks: int
 
 
 _ways: dict[tuple[object, ...], Way] = {}
@@ -82,10 +88,11 @@ def way(
     found = function(cut.file, "multiply", {**form.definitions(), **cut.definitions()}, shared, device)
     launch = Launch(found, cut.grid(tiles, rows), cut.threads, shared, stream, overlap=target.clusters)
     if cut.splits == 1:
-        return Way(launch, cut.tokens if cut.boxes else 0, 1, None)
+        return Way(launch, cut.tokens if cut.boxes else 0, 1, None, outputs, tiles, chunks)
     adding = function("shares.cu", "add_shares", form.definitions(), 0, device)
     grid = (-(-outputs // _THREADS), min(rows, _MOST_GRID_Y), 1)
-    return Way(launch, 0, cut.splits, Launch(adding, grid, _THREADS, 0, stream, overlap=False))
+    adder = Launch(adding, grid, _THREADS, 0, stream, overlap=False)
+    return Way(launch, 0, cut.splits, adder, outputs, tiles, chunks)
 
 
 def linear_now(
@@ -120,31 +127,31 @@ def run(
     factor: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch a product whose x the kernel can read as it is; see `prepare.py` for the other tensors."""
-    rows, outputs = y.shape
+    multiply, box_rows, splits, add, outputs, tiles, chunks = chosen
+    rows, inputs = x.shape
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    tiles, chunks, _ = codes.shape
-    groups = 1 if scales is None else scales.shape[1]
-    multiply, box_rows, splits, add = chosen
-    weight = (
-        codes.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
-        0 if zeros is None else zeros.data_ptr(),
-        0 if factor is None else factor.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-    )
-    inputs, stride = x.shape[1], x.stride(0) * 2
+    at_x, at_y, stride = x.data_ptr(), y.data_ptr(), x.stride(0) * 2
+    at_factor, at_bias = (0 if factor is None else factor.data_ptr()), (0 if bias is None else bias.data_ptr())
+    at_zeros = 0 if zeros is None else zeros.data_ptr()
+    at_scales, groups = (0, 1) if scales is None else (scales.data_ptr(), scales.shape[1])
     if box_rows:
-        x_map = matrix_map(x.data_ptr(), rows, inputs, stride, box_rows, half=x.dtype == torch.float16)
-        multiply(x_map + _MULTIPLY_BOXES.pack(*weight, rows, outputs, tiles, chunks, groups))
-    elif add is None:
-        multiply(_MULTIPLY.pack(x.data_ptr(), *weight, 0, stride, rows, outputs, inputs, tiles, chunks, groups))
-    else:
+        packed = matrix_map(at_x, rows, inputs, stride, box_rows, half=x.dtype == torch.float16) + _MULTIPLY_BOXES.pack(
+            codes.data_ptr(), at_scales, at_zeros, at_factor, at_bias, at_y, rows, outputs, tiles, chunks, groups
+        )
+        multiply(packed)
+        return
+    at_shares = 0
+    if add is not None:
         shares = torch.empty((splits, rows, outputs), dtype=torch.float32, device=y.device)
-        at_shares, sizes = shares.data_ptr(), (rows, outputs, inputs, tiles, chunks, groups)
-        multiply(_MULTIPLY.pack(x.data_ptr(), *weight, at_shares, stride, *sizes))
-        add(_SHARES.pack(at_shares, at(factor), at(bias), y.data_ptr(), splits, rows, outputs))
+        at_shares = shares.data_ptr()
+    packed = _MULTIPLY.pack(
+        at_x, codes.data_ptr(), at_scales, at_zeros, at_factor, at_bias, at_y, at_shares, stride, rows, outputs, inputs,
+        tiles, chunks, groups,
+    )  # fmt: skip
+    multiply(packed)
+    if add is not None:
+        add(_SHARES.pack(at_shares, at_factor, at_bias, at_y, splits, rows, outputs))
 
 
 def is_readable(x: torch.Tensor) -> bool:
