@@ -2,8 +2,8 @@
 Faults for the sanitizer to find, one for each of its tools, and none: `python -m tests.device.planted KERNEL`.
 
 A tool that does not report the one that is planted for it shows nothing about other kernels. One that reports
-`clusters`, where each block waits for all its threads between what they write and what they read of its own memory, shows
-nothing about kernels in clusters: it takes the blocks of one for one block.
+`clusters`, where each block waits for all its threads between what they write and what they read of its own memory,
+shows nothing about kernels in clusters: it takes the blocks of one for one block.
 """
 
 from __future__ import annotations
