@@ -78,6 +78,38 @@ def test_prefer_deny_and_pin_act_on_the_layers_they_match() -> None:
     assert pin.choices == (Choice("reference", "canonical"),)
 
 
+def test_what_gives_something_up_is_chosen_where_it_is_asked_for_by_name() -> None:
+    """However cheap it is; a glob over names asks for none, and asking for it is asking for its loop over experts."""
+
+    class Careless(toys.ToyKernel):
+        name = "a.careless"
+        layout_id = "careless"
+        traits = Traits(by_request=True)
+
+        def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+            return Accepted(Cost(0.1, 0.1))
+
+    @hookimpl
+    def quantplug_kernels() -> list[object]:
+        return [Careless()]
+
+    vendor = SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)
+    registry = build_registry({"toys": toys, "vendor": vendor})
+    assert "a.careless.dense" not in registry.kernels
+    assert registry.moe_kernels["loop.a.careless"].item.traits.by_request
+    refusal = Rejected("policy", "is chosen by request only", 'prefer = ["a.careless"]')
+    for wishes in ((), ({"prefer": "a.*"},), ({"match": "mlp.down_proj", "prefer": "a.careless"},)):
+        decision = select(problem(), MODULE, CPU, registry, policy(*wishes), {})
+        assert decision.kernel == "toy.fast"
+        assert next(c.verdict for c in decision.candidates if c.kernel == "a.careless") == refusal
+    for wish in ({"prefer": ["toy.many", "a.careless"]}, {"pin": "a.careless"}):
+        assert select(problem(), MODULE, CPU, registry, policy(wish), {}).kernel == "a.careless"
+    assert policy({"prefer": "a.careless"}).asks_for(MODULE, "loop.a.careless")
+    assert not policy({"deny": "a.careless"}).asks_for(MODULE, "a.careless")
+    with pytest.raises(PlanError, match=r"a\.careless is pinned by .* and refuses"):
+        select(problem(), MODULE, CPU, registry, policy({"deny": "a.careless"}, {"pin": "a.careless"}), {})
+
+
 def test_a_pin_that_cannot_be_honoured_is_an_error_with_the_kernels_own_reason() -> None:
     with pytest.raises(PlanError) as raised:
         select(problem(40), MODULE, CPU, toy_registry(), policy({"pin": "toy.fast"}), {})

@@ -164,6 +164,7 @@ def test_a_declared_rounding_is_allowed_and_an_undeclared_one_is_not():
         ((Cast("zeros", "bfloat16"),), True),
         ((Cast("partials", "bfloat16"),), True),
         ((Cast("accumulator", "float22_e8m13"),), True),
+        ((Cast("long_accumulator", "float22_e8m13"),), True),
         ((), False),
     ],
 )  # fmt: skip

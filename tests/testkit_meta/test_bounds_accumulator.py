@@ -22,6 +22,7 @@ from quantplug_testkit.oracles.linear import fused_linear
 from quantplug_testkit.quantizing import fake_quantize
 
 SHORT = (Cast("accumulator", ACCUMULATOR),)
+LONG = (Cast("long_accumulator", ACCUMULATOR),)
 X = read_activation("float8_e4m3fn/token/dynamic", "here")
 
 
@@ -88,6 +89,23 @@ def test_without_the_cast_it_leaves_the_bound():
         check(x, weight, product(x, weight), ())
 
 
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("inputs", [1, 31, 128, 700])
+def test_what_it_does_without_ever_promoting_stays_within_the_bound_for_long_sums(width, inputs):
+    for seed in range(3):
+        x, weight = layer(inputs, seed)
+        check(x, weight, product(x, weight, width, promoted=inputs), LONG)
+
+
+def test_the_bound_for_long_sums_is_that_for_short_ones_up_to_128_products():
+    generator = np.random.default_rng(7)
+    for inputs, ratio in ((128, 1.0), (256, 2.0), (130, 1.125)):
+        segment = Segment.of(generator.integers(1, 8, (4, inputs)).astype(float), [[1.0]] * 4, None, None, -1, 8)
+        x = generator.integers(1, 8, (3, inputs)).astype(float)
+        none, short, long = (linear_bound(x, [segment], None, "float32", casts) for casts in ((), SHORT, LONG))
+        assert long - none == pytest.approx(ratio * (short - none), rel=1e-9)
+
+
 def test_sums_that_are_never_promoted_leave_it():
     """Fast accumulation: one large product, and many that each are cut off to nothing beside it."""
     codes = np.full((1, 16384), 2.0**-7)
@@ -97,8 +115,10 @@ def test_sums_that_are_never_promoted_leave_it():
     bound = linear_bound([x], [segment], None, "float32", SHORT)
     exact = fused_linear([x.values], [segment.values()], None)
     assert_within(hardware(codes, codes, 32, 128), exact, bound)
+    never = hardware(codes, codes, 32, 16384)
     with pytest.raises(AssertionError, match="leave the bound"):
-        assert_within(hardware(codes, codes, 32, 16384), exact, bound)
+        assert_within(never, exact, bound)
+    assert_within(never, exact, linear_bound([x], [segment], None, "float32", LONG))
 
 
 def test_a_single_product_is_exact():
@@ -121,7 +141,7 @@ def test_the_terms_add_up_as_written():
 def test_an_accumulator_has_a_format_of_its_own():
     segment = Segment.of([[1.0]], [[1.0]], None, None, -1, 8)
     for cast in (Cast("accumulator", "float16"), Cast("weights", ACCUMULATOR)):
-        with pytest.raises(ValueError, match=f"accumulator to {ACCUMULATOR}"):
+        with pytest.raises(ValueError, match=f"an accumulator to {ACCUMULATOR}"):
             linear_bound(np.ones((1, 1)), [segment], None, "float32", (cast,))
 
 

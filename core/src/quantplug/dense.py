@@ -137,9 +137,9 @@ class DenseProduct(LinearKernel):
 
 
 def offers_dense(kernel: LinearKernel) -> bool:
-    """Return whether a dense product can rest on a kernel: it dequantizes, and is no last resort itself."""
+    """Return whether a dense product can rest on a kernel: it dequantizes, and is chosen without being asked for."""
     dequantizes = type(kernel).dequantize is not LinearKernel.dequantize
-    return dequantizes and not kernel.traits.fallback
+    return dequantizes and not kernel.traits.fallback and not kernel.traits.by_request
 
 
 class _Rates:

@@ -56,8 +56,9 @@ class Cast:
     Attributes:
         what: "scales"; "zeros" (`(2^(bits-1) - zero) * scale`, which is added to `(code - 2^(bits-1)) * scale`);
             "weights" (dequantized values); "partials" (the product, before the bias is added); "accumulator" (sums of
-            up to 128 products of 8-bit floats, as GPUs of compute capability 8.9 and 9.0 add them up); or "splits"
-            (parts of the sum over K, which are added up in that dtype). The testkit derives its bound from these and
+            up to 128 products of 8-bit floats, as GPUs of compute capability 8.9 and 9.0 add them up);
+            "long_accumulator" (the same, of all K products); or "splits" (parts of the sum over K, which are added up
+            in that dtype). The testkit derives its bound from these and
             refuses others.
         dtype: torch name of the dtype rounded to; "float22_e8m13" for an accumulator.
     """
@@ -122,6 +123,8 @@ class Traits:
         dequantize_graph_safe: `dequantize` may be captured, too: it waits for nothing and copies nothing from the host.
         deterministic: the same inputs give the same bits.
         fallback: last resort; chosen only when nothing else fits, and then with a warning.
+        by_request: chosen only where a policy prefers or pins it by its name: it gives up what a caller has to agree
+            to, such as the precision of long sums.
     """
 
     uniform_segments: bool = False
@@ -129,6 +132,7 @@ class Traits:
     dequantize_graph_safe: bool = False
     deterministic: bool = True
     fallback: bool = False
+    by_request: bool = False
 
 
 class LinearKernel(ABC):

@@ -46,7 +46,10 @@ class LoopKernel(MoEKernel):
         self.name = PREFIX + linear.name  # type: ignore[misc]  # of the instance: one class serves all kernels
         self.layout_id = PREFIX + linear.layout_id  # type: ignore[misc]
         self.traits = Traits(  # type: ignore[misc]
-            graph_safe=False, deterministic=linear.traits.deterministic, fallback=linear.traits.fallback
+            graph_safe=False,
+            deterministic=linear.traits.deterministic,
+            fallback=linear.traits.fallback,
+            by_request=linear.traits.by_request,
         )
 
     def __eq__(self, other: object) -> bool:

@@ -78,6 +78,13 @@ class Policy:
                 return rule
         return None
 
+    def asks_for(self, module: ModuleInfo, kernel: str) -> bool:
+        """Return whether the wish about a kernel is to prefer or pin it, by its name and not by a glob alone."""
+        rule = self.wish(module, kernel)
+        if rule is None or rule.wish == "deny":
+            return False
+        return not {kernel, kernel.removeprefix(PREFIX)}.isdisjoint(rule.kernels)
+
     def pin(self, module: ModuleInfo) -> PolicyRule | None:
         """Return the first pin that concerns the module."""
         return next((rule for rule in self.rules if rule.wish == "pin" and rule.concerns(module)), None)

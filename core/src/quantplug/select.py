@@ -147,6 +147,8 @@ def _ask(
             verdict = Rejected("policy", f"denied by {wish.origin}")
         elif pin is not None and not pin.names(name):
             verdict = Rejected("policy", f"{pin.kernels[0]} is pinned by {pin.origin}")
+        elif provided.item.traits.by_request and not policy.asks_for(module, name):
+            verdict = Rejected("policy", "is chosen by request only", f'prefer = ["{name}"]')
         elif measurement is not None and measurement.wrong:
             verdict = Rejected(
                 "probe", f"was wrong when it was measured: {measurement.wrong}", "report it to its maker"

@@ -25,6 +25,7 @@ _MORE_ROUNDINGS = 8
 
 # What the tensor cores of Ada and Hopper GPUs cut off of sums of 8-bit floats, and the smallest magnitude they see.
 _CUT_OFF = 144 * 2.0**-13
+_CUT_OFF_IN_STEP, _STEP = 18 * 2.0**-13, 16
 _SMALLEST_CODE = 2.0**-6
 
 
@@ -111,10 +112,11 @@ def linear_error(
     total = _product(size, parts) if bias is None else _product(size, parts) + bias.to(torch.float64).abs()
     count = (x.shape[1] + _MORE_ROUNDINGS) * _FLOAT32
     bound += total * count / (1 - count) + torch.finfo(torch.float32).tiny * x.shape[1]
-    if "accumulator" in units:
+    if "accumulator" in units or "long_accumulator" in units:
+        cut_off = _CUT_OFF if "accumulator" in units else _CUT_OFF_IN_STEP * -(-x.shape[1] // _STEP)
         least = max(float(weight.scale_values().abs().max()) for weight in weights) * _SMALLEST_CODE
         seen = torch.where(size > 0, size + _SMALLEST_CODE * float(size.max()), size)
-        bound += _CUT_OFF * _product(seen, magnitude + least)
+        bound += cut_off * _product(seen, magnitude + least)
     if "partials" in units:
         bound += units["partials"].roundoff * (product.abs() + bound) + units["partials"].half_smallest
     return exact, bound

@@ -46,6 +46,10 @@ that n roundings in a row can add up to (Higham, Accuracy and Stability of Numer
    times `2^-13 T` with 16 products each, and less with more. T of all groups of 128 add up to T of all inputs,
    whatever order they come in: `R = 144 * 2^-13 T`, times the scales. Where at most one product is not 0, nothing is
    cut off: its significand has 8 bits, and `R = 0`.
+   "long_accumulator" to float22_e8m13: the same, and sums do not move to float32 before all K products are in them, as
+   with the "fast accumulation" of cuBLAS. Each step with a product that is not 0 is off by `(L + 2) 2^-13 T` at most,
+   and there are at most `S = min(ceil(K / 16), Z)` for Z such products: `R = 18 S 2^-13 T`. Little follows from that
+   for a long sum.
 
 5. So the sum before it is stored is off by `E = (|x| + d) e^T + d |value|^T + A + R + F`. F covers results and operands
    below float32's normal range, which processors may flush to zero (x86's product of BF16 pairs does so with x and
@@ -80,7 +84,7 @@ if TYPE_CHECKING:
     from quantplug.kernel import Cast
     from quantplug_testkit.oracles.canonical import Floats, Segment
 
-CASTS = ("scales", "zeros", "weights", "partials", "accumulator", "splits")
+CASTS = ("scales", "zeros", "weights", "partials", "accumulator", "long_accumulator", "splits")
 """What a kernel may declare that it rounds."""
 
 ACCUMULATOR = "float22_e8m13"
@@ -88,7 +92,7 @@ ACCUMULATOR = "float22_e8m13"
 
 _SMALLEST_NORMAL = 2.0**-126
 _SMALLEST_NORMAL_CODE = 2.0**-6
-_CUTS = 144
+_CUTS, _CUTS_IN_STEP, _STEP = 144, 18, 16
 _LAST_BIT = 2.0**-13
 _SHORTEST_PART = 64
 
@@ -199,7 +203,10 @@ def linear_error(
     if any(each.error.any() for each in inputs):
         error += fused_linear([each.error for each in inputs], [np.abs(each) for each in values])
     if "accumulator" in to:
-        error += _cut_off(inputs, segments)
+        error += _cut_off(inputs, segments, _CUTS)
+    if "long_accumulator" in to:
+        steps = -(-int(values[0].shape[1]) // _STEP)
+        error += _cut_off(inputs, segments, _CUTS_IN_STEP * np.minimum(_products(inputs, segments), steps))
     if "splits" in to:
         error += _added_up(total + error, np.minimum(_products(inputs, segments), _parts(values)), to["splits"])
 
@@ -229,11 +236,11 @@ def _middle(segment: Segment) -> int:
     return 0 if segment.signed else 1 << (segment.bits - 1)
 
 
-def _cut_off(inputs: Sequence[Quantized], segments: Sequence[Segment]) -> Floats:
-    """How much of sums of 8-bit floats is cut off, `[M, N]`, see 4."""
+def _cut_off(inputs: Sequence[Quantized], segments: Sequence[Segment], cuts: Floats | int) -> Floats:
+    """How much of sums of 8-bit floats is cut off, `[M, N]`, when they are so often, see 4."""
     x = [_aligned(np.abs(each.values) + each.error, each.scale) for each in inputs]
     w = [_aligned(np.abs(segment.values()), np.abs(segment.scale())) for segment in segments]
-    return np.where(_products(inputs, segments) > 1, _CUTS * _LAST_BIT * fused_linear(x, w), 0.0)
+    return np.where(_products(inputs, segments) > 1, cuts * _LAST_BIT * fused_linear(x, w), 0.0)
 
 
 def _products(inputs: Sequence[Quantized], segments: Sequence[Segment]) -> Floats:
@@ -261,11 +268,11 @@ def _aligned(magnitude: Floats, scale: Floats) -> Floats:
 def _by_name(casts: Sequence[Cast]) -> dict[str, str]:
     to: dict[str, str] = {}
     for cast in casts:
-        dtypes = (ACCUMULATOR,) if cast.what == "accumulator" else SIGNIFICANT_BITS
+        dtypes = (ACCUMULATOR,) if cast.what.endswith("accumulator") else SIGNIFICANT_BITS
         if cast.what not in CASTS or cast.dtype not in dtypes or cast.what in to:
             raise ValueError(
                 f"cannot derive a bound from {cast}: one cast each of {', '.join(CASTS)} to a float dtype, "
-                f"and accumulator to {ACCUMULATOR}"
+                f"and an accumulator to {ACCUMULATOR}"
             )
         to[cast.what] = cast.dtype
     return to
