@@ -11,6 +11,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+from benchmarks.gpu.checking import LARGEST_ERROR
+from benchmarks.gpu.experts import LAYERS, ExpertCase, Sizes
+from benchmarks.gpu.peers import grouped
 from benchmarks.gpu.peers.launch import aligned, between, combined, gathered
 
 
@@ -66,3 +69,13 @@ def test_the_function_between_is_silu_of_gate_times_up(quantize):
     # on a GPU is the narrow one.
     error = (found.to(torch.float32) * scales[:, None] - wanted).abs()
     assert (error <= wanted.abs() / 2 + scales[:, None] * 2.0**-6).all()
+
+
+def test_grouped_products_run_a_layer_as_it_is_defined(monkeypatch):
+    monkeypatch.setitem(LAYERS, "small", Sizes(experts=8, top_k=2, hidden=256, intermediate=128))
+    monkeypatch.setattr(grouped, "CUDA", torch.device("cpu"))
+    case, contender = ExpertCase("int4 g128", "small"), grouped.Bfloat16Grouped()
+    given = case.inputs(20, torch.device("cpu"))[0]
+    some, wanted = case.right(given, quantized=False)
+    y = contender.call(given, contender.prepare(case), case)[some].to(torch.float32)
+    assert float((y - wanted).norm() / wanted.norm()) < LARGEST_ERROR
