@@ -1,4 +1,4 @@
-"""The cuBLAS kernel against the conformance class, on a GPU."""
+"""The cuBLAS kernels against the conformance class, on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantplug.platform import Platform
-from quantplug_cublas.kernel import CublasKernel
+from quantplug_cublas.kernel import CublasKernel, FastCublasKernel
 from quantplug_testkit.conformance import LinearKernelConformance
 
 if not torch.cuda.is_available():
@@ -19,5 +19,11 @@ if _ARCH not in {"8.9", "9.0"}:
 
 class TestCublasKernel(LinearKernelConformance):
     kernel = CublasKernel()
+    platform = Platform.parse(f"cuda:{_ARCH}")
+    device = "cuda"
+
+
+class TestFastCublasKernel(LinearKernelConformance):
+    kernel = FastCublasKernel()
     platform = Platform.parse(f"cuda:{_ARCH}")
     device = "cuda"

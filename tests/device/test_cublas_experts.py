@@ -18,7 +18,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
     pytest.skip("needs a GPU of compute capability 9.0", allow_module_level=True)
 
 from quantplug_cublas import mixture, plain
-from quantplug_cublas.experts import CublasExperts
+from quantplug_cublas.experts import CublasExperts, FastCublasExperts
 from quantplug_testkit.conformance.experts.case import ExpertCase
 from quantplug_testkit.conformance.experts.hazard import family
 
@@ -46,6 +46,12 @@ HAZARDS = {
 
 class TestCublasExperts(MoEKernelConformance):
     kernel = KERNEL
+    platform = GPU
+    device = "cuda"
+
+
+class TestFastCublasExperts(MoEKernelConformance):
+    kernel = FastCublasExperts()
     platform = GPU
     device = "cuda"
 
@@ -98,7 +104,8 @@ def test_sums_lose_what_is_far_below_a_product_of_the_same_128_inputs_only(rows:
             x = torch.zeros(2 * rows, k, device="cuda")
             x[:, 300], x[:, 700] = 256, -256
             x[:, block + 77] = 2.0 ** (8 - bits)
-            y = mixture._multiply(x.to(FLOAT8), torch.ones(2 * rows, device="cuda"), codes, ones, ends).float()
+            scales = torch.ones(2 * rows, device="cuda")
+            y = mixture._multiply(x.to(FLOAT8), scales, codes, ones, ends, fast=False).float()
             lost.append(bool((y == 0).all()))
             assert lost[-1] or bool((y == 2.0**-bits).all())
         assert lost == [bits > 13 and block in (256, 640) for block in range(0, k, 128)]

@@ -21,7 +21,7 @@ from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor, WeightSpec
 from quantplug_cublas import mixture
-from quantplug_cublas.experts import CublasExperts, _probe
+from quantplug_cublas.experts import CublasExperts, FastCublasExperts, _probe
 from quantplug_testkit.canonical import weight_tensors
 from quantplug_testkit.compare import assert_bitwise_equal
 from quantplug_testkit.conformance.contract import ContractTests
@@ -164,7 +164,8 @@ def test_only_hopper_is_taken(platform, code):
 def test_the_kernel_is_found_by_its_entry_point():
     from quantplug.plugins import registry
 
-    assert registry().moe_kernels["cublas.moe"].plugin == "quantplug-cublas"
+    for name in ("cublas.moe", "cublas.moe.fast"):
+        assert registry().moe_kernels[name].plugin == "quantplug-cublas"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -266,6 +267,24 @@ def test_torchs_choice_of_a_tile_is_steered_by_groups_without_rows(rows, groups,
     assert mixture._steps(rows, groups, outputs, inputs) == steps
 
 
+def test_sums_are_added_up_fast_where_that_is_asked_for(monkeypatch):
+    """Which torch's tiles for many rows bear."""
+    asked = []
+
+    def fast_product(*args, use_fast_accum, **options):
+        asked.append((use_fast_accum, args[1].shape[0]))
+        return multiply(*args, use_fast_accum=False, **options)
+
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", fast_product)
+    monkeypatch.setattr(mixture, "_FEW", 15)
+    case = ExpertCase(FastCublasExperts(), GPU, CPU, ALL["x-float8"])
+    assert case.kernel.traits.by_request
+    assert case.casts == (Cast("long_accumulator", "float22_e8m13"), Cast("partials", "bfloat16"))
+    x, routing = case.inputs(40), case.route(40)
+    case.check(x, routing, case.apply(x, routing), "40 rows")
+    assert asked == [(True, 4), (True, 4)]
+
+
 def test_strided_operands_are_read_where_they_lie(ways):
     case = prepared("on-input")
     x, routing = case.inputs(6), case.route(6)
@@ -331,7 +350,7 @@ def test_the_operator_keeps_torchs_rules():
     case = prepared("x-float8")
     x, routing, tensors = case.inputs(3), case.route(3), case.prepared.tensors
     weights = [tensors.get(f"{p}.{kind}") for p in ("w13", "w2") for kind in ("codes", "scales", "x_scales", "bias")]
-    arguments = (x, routing.weights, routing.ids, None, *weights, 32, False, "silu", True, None, 1.0, 0.0)
+    arguments = (x, routing.weights, routing.ids, None, *weights, 32, False, "silu", True, None, 1.0, 0.0, False)
     # Not test_schema, which compares operands by operators that torch does not have for 8-bit floats.
     torch.library.opcheck(mixture.experts, arguments, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
 

@@ -126,7 +126,18 @@ def test_the_operator_keeps_torchs_rules():
     asked = problem(ROWS, (40,), "float8_e4m3fn/token/dynamic")
     tensors = prepare(asked).tensors
     x, bias = torch.randn(3, 96), torch.randn(40)
-    arguments = (x, tensors["codes.0"], tensors["scales.0"], None, tensors["one"], bias, 40, "token", "float8_e4m3fn")
+    arguments = (
+        x,
+        tensors["codes.0"],
+        tensors["scales.0"],
+        None,
+        tensors["one"],
+        bias,
+        40,
+        "token",
+        "float8_e4m3fn",
+        False,
+    )
     # Not test_schema, which compares operands by operators that torch does not have for 8-bit floats.
     torch.library.opcheck(product.linear, arguments, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
 

@@ -15,7 +15,7 @@ import torch
 from quantplug.kernel import Accepted
 from quantplug.platform import Platform
 from quantplug_cublas import product
-from quantplug_cublas.kernel import CublasKernel
+from quantplug_cublas.kernel import CublasKernel, FastCublasKernel
 from quantplug_testkit.conformance.case import Case
 from quantplug_testkit.conformance.problems import CATALOGUE, Hazard
 
@@ -38,7 +38,7 @@ def spread(scales: torch.Tensor, rows: int, inputs: int) -> torch.Tensor:
     return tall.repeat_interleave(128, 1)[:, :inputs].double()
 
 
-def with_blocks(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=False):
+def with_blocks(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=True):
     """The scaled product of torch, and that of blocks as cuBLAS wants it, which refuses what cuBLAS refuses."""
     assert not use_fast_accum
     if scale_b.shape[0] == 1 or scale_b.dim() < 2:
@@ -97,6 +97,24 @@ def test_many_elements_are_multiplied_with_their_scales_at_once(family, monkeypa
         for rows in (1, 5):
             x = case.inputs(rows)
             case.check(x, case.apply(x), f"{rows} rows")
+
+
+@pytest.mark.parametrize("few", [0, 1 << 20])
+def test_sums_are_added_up_fast_where_that_is_asked_for(few, monkeypatch):
+    """In both ways to apply scales; torch adds them up alike on the CPU."""
+    monkeypatch.setattr(product, "_FEW_SUMS", few)
+    asked = []
+
+    def fast_product(*args, use_fast_accum, **options):
+        asked.append(use_fast_accum)
+        return with_blocks(*args, use_fast_accum=False, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", fast_product)
+    for kernel in (FastCublasKernel(), KERNEL):
+        case = Case(kernel, GPU, torch.device("cpu"), FAMILIES["x-float8"])
+        x = case.inputs(3)
+        case.check(x, case.apply(x), "3 rows")
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("hazard", FAMILIES.values(), ids=lambda hazard: hazard.family)

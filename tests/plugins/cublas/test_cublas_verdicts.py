@@ -19,7 +19,7 @@ from quantplug.spec import (
     SegmentSpec,
     WeightSpec,
 )
-from quantplug_cublas.kernel import CublasKernel
+from quantplug_cublas.kernel import CublasKernel, FastCublasKernel
 from quantplug_testkit.conformance import LinearKernelConformance
 
 KERNEL = CublasKernel()
@@ -51,6 +51,20 @@ def test_what_is_taken_quantizes_x_and_declares_its_sums(problem, extra, platfor
     assert verdict.quantizes_x
     assert verdict.casts == (Cast("accumulator", "float22_e8m13"),)
     assert verdict.extra_bytes == extra
+
+
+def test_fast_sums_are_declared_and_given_by_request_only():
+    kernel, gpu = FastCublasKernel(), Platform.parse("cuda:9.0")
+    assert kernel.traits.by_request
+    assert kernel.layout_id == KERNEL.layout_id
+    fast, precise = kernel.supports(asked(), gpu), KERNEL.supports(asked(), gpu)
+    assert isinstance(fast, Accepted)
+    assert isinstance(precise, Accepted)
+    assert fast.casts == (Cast("long_accumulator", "float22_e8m13"),)
+    assert fast.cost.at(4096) < precise.cost.at(4096)
+    refusal = kernel.supports(asked(BLOCKS, GROUP), gpu)
+    assert isinstance(refusal, Rejected)
+    assert (refusal.code, refusal.reason) == ("granularity", "blocks of 128 x 128 are not added up fast")
 
 
 def test_blocks_are_for_hopper_and_filled_up():
@@ -109,15 +123,19 @@ def test_a_refusal_names_what_failed(problem, platform, code, words):
     assert verdict.fix or code == "platform"
 
 
-def test_the_kernel_is_found_by_its_entry_point():
+def test_the_kernels_are_found_by_their_entry_point():
     from quantplug.plugins import registry
 
-    assert registry().kernel("cublas.w8a8").plugin == "quantplug-cublas"
+    for name in ("cublas.w8a8", "cublas.w8a8.fast"):
+        assert registry().kernel(name).plugin == "quantplug-cublas"
+    assert "cublas.w8a8.dense" in registry().kernels
+    assert "cublas.w8a8.fast.dense" not in registry().kernels
 
 
-def test_verdicts_keep_the_contract_on_every_question():
+@pytest.mark.parametrize("kernel", [KERNEL, FastCublasKernel()], ids=lambda kernel: kernel.name)
+def test_verdicts_keep_the_contract_on_every_question(kernel):
     tests = LinearKernelConformance()
-    tests.kernel, tests.platform = KERNEL, Platform.parse("cuda:9.0")
+    tests.kernel, tests.platform = kernel, Platform.parse("cuda:9.0")
     tests.test_refusing_names_the_offending_value()
     tests.test_accepting_is_well_formed()
     tests.test_supports_imports_nothing_foreign()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
 from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor
-from quantplug_cublas.fit import SCALES, fill
+from quantplug_cublas.fit import SCALES, fill, sums
 
 if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
@@ -21,13 +21,13 @@ MOST_GROUPS = 1023
 _ARCH = "9.0"
 _FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
-# One H100, see benchmarks/gpu/README.md: a call, bytes of a stream of weights, and products per microsecond.
-_CALL_US = 50.0
-_BYTES_PER_US = 2.6e6
-_PRODUCTS_PER_US = 5.0e8
+# One H100, see README.md: a call, bytes of a stream of weights, and products per microsecond.
+_CALL_US = 29.0
+_BYTES_PER_US = 2.3e6
+_PRODUCTS_PER_US, _FAST_PRODUCTS_PER_US = 3.1e8, 4.3e8
 
 
-def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
+def experts_verdict(problem: MoEProblem, platform: Platform, *, fast: bool) -> Verdict:
     """Return whether the kernel runs a mixture of experts on a platform, and at what cost."""
     refusal = (
         _refuse_place(problem, platform)
@@ -39,13 +39,13 @@ def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     if refusal is not None:
         return refusal
     held = bytes_held(problem)
-    row = problem.top_k * held / problem.experts / _PRODUCTS_PER_US
+    row = problem.top_k * held / problem.experts / (_FAST_PRODUCTS_PER_US if fast else _PRODUCTS_PER_US)
     one = held / problem.experts / _BYTES_PER_US
     # Few rows take an expert each; of many, every expert has its share, and its weights are read once.
     few = Cost(_CALL_US, problem.top_k * one + row, Cost(_CALL_US + problem.experts * one, row))
     return Accepted(
         few,
-        casts=(Cast("accumulator", "float22_e8m13"), Cast("partials", "bfloat16")),
+        casts=(sums(fast=fast), Cast("partials", "bfloat16")),
         extra_bytes=max(0, held - problem.stored_bytes),
         notes=("x is quantized twice, for gate and for up",) if turns(problem) > 1 else (),
         quantizes_x=True,

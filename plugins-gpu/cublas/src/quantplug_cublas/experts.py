@@ -5,7 +5,7 @@ The kernel for experts: FP8 weights times FP8 activations, through torch's group
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from quantplug.kernel import Rejected, Traits, Verdict
 from quantplug.moekernel import MoEKernel
@@ -35,13 +35,15 @@ class CublasExperts(MoEKernel):
     name = "cublas.moe"
     layout_id = "cublas.experts"
     traits = Traits()
+    fast: ClassVar[bool] = False
+    """Whether sums are never promoted to float32 ("fast accumulation"), rather than every 128 inputs."""
 
     def supports(self, problem: MoEProblem, platform: Platform) -> Verdict:
         """
         Accept float8_e4m3fn codes per tensor or channel with x in float8_e4m3fn per token, or by stored scales, in
         bfloat16 on GPUs of compute capability 9.0.
         """
-        return experts_verdict(problem, platform)
+        return experts_verdict(problem, platform, fast=self.fast)
 
     def probe(self, platform: Platform) -> Rejected | None:
         """Try a small mixture whose result is known exactly."""
@@ -70,7 +72,7 @@ class CublasExperts(MoEKernel):
         """Route, multiply twice, and add up."""
         from quantplug_cublas.mixture import apply
 
-        return apply(x, topk_weights, topk_ids, prepared, expert_map)
+        return apply(x, topk_weights, topk_ids, prepared, expert_map, fast=self.fast)
 
     def dequantize(self, prepared: PreparedExperts, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `code * scale` of one expert."""
@@ -88,6 +90,19 @@ class CublasExperts(MoEKernel):
         if prepared.meta["rounded"]:
             raise NotImplementedError(f"kernel {self.name} holds float64 scales in float32: there is no exact way back")
         return weights_of(prepared, expert)
+
+
+class FastCublasExperts(CublasExperts):
+    """
+    The same with sums that stay in the short accumulator of the tensor cores, as inference engines have them: faster
+    for many rows, and what is below 2^-13 of a sum so far is lost.
+    """
+
+    __slots__ = ()
+
+    name = "cublas.moe.fast"
+    traits = Traits(by_request=True)
+    fast = True
 
 
 @cache
@@ -108,7 +123,7 @@ def _probe() -> Rejected | None:
     try:
         y = experts(
             x, weights, ids, None, codes[0], scales[0], None, None, codes[1], scales[1], None, None, 32, False,
-            "relu", False, None, 1.0, 0.0,
+            "relu", False, None, 1.0, 0.0, False,
         )  # fmt: skip
     except RuntimeError as error:
         return Rejected("probe", f"torch {torch.__version__}: {error}".splitlines()[0], "use torch 2.9 or later")

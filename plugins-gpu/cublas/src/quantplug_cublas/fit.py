@@ -33,11 +33,16 @@ lie, so that results for other K are wrong (seen with K of 128, 144 and 640; pyt
 
 # One H100, see benchmarks/gpu/README.md: bytes of a stream of weights and products per microsecond, two launches.
 _BYTES_PER_US = 2.5e6
-_PRODUCTS_PER_US = 6.6e8
+_PRODUCTS_PER_US, _FAST_PRODUCTS_PER_US = 6.6e8, 7.2e8
 _LAUNCHES_US = {"tensor": 4.0, "row": 6.1, "block": 10.0}
 
 
-def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
+def sums(*, fast: bool) -> Cast:
+    """Return how products are added up: in float32 every 128 inputs, or never."""
+    return Cast("long_accumulator" if fast else "accumulator", "float22_e8m13")
+
+
+def verdict(problem: LinearProblem, platform: Platform, *, fast: bool) -> Verdict:
     """Return whether the kernel runs a problem on a platform, and at what cost."""
     refusal = _refuse_place(problem, platform) or _refuse_weight(problem) or _refuse_activation(problem)
     if refusal is not None:
@@ -45,11 +50,15 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     mode, n, k = mode_of(problem), problem.out_features, problem.in_features
     if mode == "block" and platform.arch not in ("", "9.0"):
         return Rejected("arch", f"blocks of weights on compute capability {platform.arch}", "9.0 has products for them")
+    if mode == "block" and fast:
+        return Rejected(
+            "granularity", f"blocks of {BLOCK} x {BLOCK} are not added up fast", "one scale, or one per row"
+        )
     held = bytes_held(problem)
     notes = [f"K is filled up to {width(problem)}"] if width(problem) != k else []
     return Accepted(
-        Cost(_LAUNCHES_US[mode] + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US),
-        casts=(Cast("accumulator", "float22_e8m13"),),
+        Cost(_LAUNCHES_US[mode] + held / _BYTES_PER_US, n * k / (_FAST_PRODUCTS_PER_US if fast else _PRODUCTS_PER_US)),
+        casts=(sums(fast=fast),),
         extra_bytes=max(0, held - problem.stored_bytes),
         notes=tuple(notes),
         quantizes_x=True,

@@ -5,7 +5,7 @@ The kernel: weights in FP8 times x in FP8.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from quantplug.kernel import LinearKernel, Rejected, Traits, Verdict
 from quantplug_cublas.fit import verdict
@@ -24,8 +24,7 @@ class CublasKernel(LinearKernel):
     """
     `y = x W^T + b` with x quantized to FP8 as the file permits, through torch's scaled product.
 
-    Sums are promoted to float32 every 128 inputs ("fast accumulation", which never does, is off). Results are the same
-    every time.
+    Sums are promoted to float32 every 128 inputs. Results are the same every time.
     """
 
     __slots__ = ()
@@ -33,13 +32,15 @@ class CublasKernel(LinearKernel):
     name = "cublas.w8a8"
     layout_id = "cublas.rows"
     traits = Traits(uniform_segments=True)
+    fast: ClassVar[bool] = False
+    """Whether sums are never promoted ("fast accumulation")."""
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """
         Accept FP8 codes per tensor, channel or block of 128 x 128, and x in FP8 per tensor, token or group of 128, on
         GPUs of compute capability 8.9 and 9.0.
         """
-        return verdict(problem, platform)
+        return verdict(problem, platform, fast=self.fast)
 
     def probe(self, platform: Platform) -> Rejected | None:
         """Try a small product whose result is known exactly."""
@@ -62,7 +63,7 @@ class CublasKernel(LinearKernel):
         """Quantize x and multiply."""
         from quantplug_cublas.product import multiply
 
-        return multiply(x, prepared, bias)
+        return multiply(x, prepared, bias, fast=self.fast)
 
     def dequantize(self, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
         """Return `code * scale`."""
@@ -79,6 +80,19 @@ class CublasKernel(LinearKernel):
         return unprepare(prepared)
 
 
+class FastCublasKernel(CublasKernel):
+    """
+    The same with sums that stay in the short accumulator of the tensor cores, as inference engines have them: faster
+    for many rows, and what is below 2^-13 of a sum so far is lost.
+    """
+
+    __slots__ = ()
+
+    name = "cublas.w8a8.fast"
+    traits = Traits(uniform_segments=True, by_request=True)
+    fast = True
+
+
 @cache
 def _probe() -> Rejected | None:
     """Return why the kernel cannot be used on this machine, or None."""
@@ -93,7 +107,7 @@ def _probe() -> Rejected | None:
     codes = ((torch.arange(32 * 512, device="cuda") % 15).view(32, 512) - 7).to(torch.float8_e4m3fn)
     scales = torch.full((1, 32), 0.5, device="cuda")
     try:
-        y = linear(x, codes, scales, None, torch.ones(1, device="cuda"), None, 32, "token", "float8_e4m3fn")
+        y = linear(x, codes, scales, None, torch.ones(1, device="cuda"), None, 32, "token", "float8_e4m3fn", False)
     except RuntimeError as error:
         return Rejected("probe", f"torch {torch.__version__}: {error}".splitlines()[0], "use torch 2.9 or later")
     # The largest element is its own scale's largest code, so that each product of a row is one code of the weight.

@@ -38,8 +38,10 @@ def apply(
     topk_ids: torch.Tensor,
     prepared: PreparedExperts,
     expert_map: torch.Tensor | None,
+    *,
+    fast: bool,
 ) -> torch.Tensor:
-    """Return y `[M, H]` for a layer, see `MoEKernel.apply`."""
+    """Return y `[M, H]` for a layer, see `MoEKernel.apply`; `fast` sums are never promoted to float32."""
     problem, tensors, f = prepared.problem, prepared.tensors, prepared.problem.function
     weights = [
         tensors.get(name)
@@ -48,7 +50,7 @@ def apply(
     ]
     return experts(
         x, topk_weights, topk_ids, expert_map, *weights, problem.intermediate, problem.router_weight_on_input,
-        f.name, f.gated, f.limit, f.alpha, f.up_offset,
+        f.name, f.gated, f.limit, f.alpha, f.up_offset, fast,
     )  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def _experts(
     codes13: torch.Tensor, scales13: torch.Tensor, known13: torch.Tensor | None, bias13: torch.Tensor | None,
     codes2: torch.Tensor, scales2: torch.Tensor, known2: torch.Tensor | None, bias2: torch.Tensor | None,
     intermediate: int, weight_on_input: bool, name: FunctionName, gated: bool, limit: float | None, alpha: float,
-    up_offset: float,
+    up_offset: float, fast: bool,
 ) -> torch.Tensor:  # fmt: skip
     rows, hidden = x.shape
     together = max(1, _MOST_CHOICES // topk_ids.shape[1])
@@ -69,7 +71,7 @@ def _experts(
             [
                 _experts(
                     *go, expert_map, codes13, scales13, known13, bias13, codes2, scales2, known2, bias2, intermediate,
-                    weight_on_input, name, gated, limit, alpha, up_offset,
+                    weight_on_input, name, gated, limit, alpha, up_offset, fast,
                 )
                 for go in goes
             ]
@@ -82,30 +84,31 @@ def _experts(
     before, behind = (weights, None) if weight_on_input else (None, weights)
     routed = ways.route(topk_ids.contiguous(), local_numbers, count, codes13.shape[0] // count)
     x_codes, x_scales = ways.quantize(x, before, known13, routed, count, codes13.shape[2])
-    product = _multiply(x_codes, x_scales, codes13, scales13, routed.ends)
+    product = _multiply(x_codes, x_scales, codes13, scales13, routed.ends, fast=fast)
     h_codes, h_scales = ways.activate(product, bias13, known2, routed, count, intermediate, between, function)
-    outputs = _multiply(h_codes, h_scales, codes2, scales2, routed.ends[:count])
+    outputs = _multiply(h_codes, h_scales, codes2, scales2, routed.ends[:count], fast=fast)
     y: torch.Tensor = ways.combine(outputs, behind, bias2, routed, count, rows, hidden, x.dtype)
     return y
 
 
 def _multiply(
-    x: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor, *,
+    fast: bool,
+) -> torch.Tensor:  # fmt: skip
     """
     Return bfloat16 `[rows, N]`; rows behind the last group's hold anything.
 
     torch chooses its tile by the rows that a group has on average. Groups without rows, which have a part of an
     expert's codes between the one before and the next, make it take the one for few.
     """
-    (groups, outputs, inputs), steps = codes.shape, _steps(len(x), *codes.shape)
+    (groups, outputs, inputs), steps = codes.shape, 1 if fast else _steps(len(x), *codes.shape)
     if steps > 1:
         count = steps * (groups - 1) + 1
         codes = codes.as_strided((count, outputs, inputs), (outputs * inputs // steps, inputs, 1))
         scales = scales.as_strided((count, outputs), (outputs // steps, 1))
         ends = ends.repeat_interleave(steps)[:count]
     return torch._scaled_grouped_mm(
-        x, codes.transpose(1, 2), x_scales, scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False
+        x, codes.transpose(1, 2), x_scales, scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=fast
     )
 
 
@@ -140,8 +143,8 @@ _SCHEMA = (
     "(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
     + _PRODUCT.format("13")
     + _PRODUCT.format("2")
-    + "int intermediate, bool weight_on_input, str name, bool gated, float? limit, float alpha, float up_offset) "
-    "-> Tensor"
+    + "int intermediate, bool weight_on_input, str name, bool gated, float? limit, float alpha, float up_offset, "
+    "bool fast) -> Tensor"
 )
 
 

@@ -32,8 +32,8 @@ faster without them. See benchmarks/gpu/README.md.
 """
 
 
-def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return `[..., N]` for x `[..., K]`."""
+def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None, *, fast: bool) -> torch.Tensor:
+    """Return `[..., N]` for x `[..., K]`; `fast` sums are never promoted to float32."""
     tensors, meta, activation = prepared.tensors, prepared.meta, prepared.problem.activation
     if activation is None:
         raise TypeError("prepared for a problem whose file does not permit to quantize x")
@@ -52,6 +52,7 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
                 rows,
                 activation.granularity,
                 activation.element.value,
+                fast,
             )
         )
         first += rows
@@ -62,6 +63,7 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
 def _linear(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, x_scale: torch.Tensor | None,
     one: torch.Tensor | None, bias: torch.Tensor | None, outputs: int, shared: str, element: str,
+    fast: bool,
 ) -> torch.Tensor:  # fmt: skip
     rows = x.shape[0]
     if rows == 0:
@@ -77,7 +79,7 @@ def _linear(
         x_codes = ways.by_scale(x, x_scales, width, dtype)
     if shared != "group" and (x_scales.numel() > 1 or scales.numel() > 1):
         if one is not None and rows * outputs <= _FEW_SUMS:
-            sums = torch._scaled_mm(x_codes, codes.t(), one, one, out_dtype=torch.float32)
+            sums = torch._scaled_mm(x_codes, codes.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast)
             small: torch.Tensor = ways.scaled(sums, x_scales, scales, bias, outputs, x.dtype)
             return small
         x_scales = x_scales.expand(rows, 1).contiguous()
@@ -85,7 +87,9 @@ def _linear(
     # cuBLAS adds a bias before it rounds, but none to a float32 product, where rounding twice is no worse.
     exact = x.dtype == torch.float32
     within = None if bias is None or exact else torch.nn.functional.pad(bias, (0, filled - outputs))
-    y = torch._scaled_mm(x_codes, codes.t(), x_scales, scales, bias=within, out_dtype=x.dtype)
+    y = torch._scaled_mm(
+        x_codes, codes.t(), x_scales, scales, bias=within, out_dtype=x.dtype, use_fast_accum=fast
+    )  # fmt: skip
     y = y[:rows, :outputs].contiguous()
     return y.add_(bias) if bias is not None and exact else y
 
@@ -97,7 +101,7 @@ def _scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _fake(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, x_scale: torch.Tensor | None,
-          one: torch.Tensor | None, bias: torch.Tensor | None, outputs: int, *how: str) -> torch.Tensor:  # fmt: skip
+          one: torch.Tensor | None, bias: torch.Tensor | None, outputs: int, *how: object) -> torch.Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], outputs)
 
 
@@ -105,7 +109,7 @@ def _register() -> Callable[..., torch.Tensor]:
     torch.library.define(
         "quantplug_cublas::linear",
         "(Tensor x, Tensor codes, Tensor scales, Tensor? x_scale, Tensor? one, Tensor? bias, int outputs, str shared, "
-        "str element) -> Tensor",
+        "str element, bool fast) -> Tensor",
     )
     # torch has the product on the CPU, too, which is what the tests there use.
     torch.library.impl("quantplug_cublas::linear", ("CUDA", "CPU"), _linear)
