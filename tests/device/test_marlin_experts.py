@@ -12,6 +12,7 @@ from quantplug_testkit.conformance.experts import EXPERT_CATALOGUE, MoEKernelCon
 if not torch.cuda.is_available() or torch.version.hip:
     pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False here", allow_module_level=True)
 
+from quantplug_marlin import mixture
 from quantplug_marlin.experts import MarlinExperts
 from quantplug_testkit.conformance.experts.case import ExpertCase
 
@@ -51,3 +52,11 @@ def test_a_graph_follows_the_router(family: str) -> None:
         graph.replay()
         case.check(x, routing, y, "replayed")
         assert_bitwise_equal(y, case.apply(x, routing), "the same without a graph")
+
+
+@pytest.mark.parametrize("family", ["tiles-int4-group128", "bias", "mxfp8"])
+def test_the_operator_keeps_torchs_rules(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls, operator = ExpertCase(KERNEL, GPU, torch.device("cuda"), FAMILIES[family]), [], mixture.experts
+    monkeypatch.setattr(mixture, "experts", lambda *given: calls.append(given) or operator(*given))
+    case.apply(case.inputs(3), case.route(3))
+    torch.library.opcheck(operator, calls[0])

@@ -1,5 +1,5 @@
 """
-The surroundings: strides, memory, repetition, threads, the compiler and device graphs.
+The surroundings: strides, memory, repetition, threads, the compiler, device graphs and streams.
 """
 
 from __future__ import annotations
@@ -154,6 +154,26 @@ class ExpertRuntimeTests(ExpertSubject):
                     held.copy_(now)
                 graph.replay()
                 case.check(new, other, y, f"y of a replayed graph for {rows} rows")
+
+    def test_streams_do_not_disturb_each_other(self, sample: ExpertHazard) -> None:
+        """Calls on two streams at once give what each gives alone: they share no memory of the kernel's own."""
+        if torch.device(self.device).type != "cuda":
+            pytest.skip("takes streams of a CUDA device")
+        case = self.case(sample)
+        for rows in (1, 17):
+            given = [(case.inputs(rows, seed), case.route(rows, seed=seed)) for seed in range(2)]
+            alone = [case.apply(*each) for each in given]
+            streams = [torch.cuda.Stream() for _ in given]
+            torch.cuda.synchronize()
+            results: list[list[torch.Tensor]] = [[], []]
+            for _ in range(20):
+                for each, stream, found in zip(given, streams, results, strict=True):
+                    with torch.cuda.stream(stream):
+                        found.append(case.apply_plainly(*each))
+            torch.cuda.synchronize()
+            for (x, routing), expected, found in zip(given, alone, results, strict=True):
+                for y in found:
+                    case.check_again(expected, y, x, routing, f"y for {rows} rows beside another stream")
 
 
 def _views(dense: torch.Tensor, around: float) -> Iterator[tuple[str, torch.Tensor]]:
