@@ -33,10 +33,12 @@ _CHUNKS = (128, 64, 32)
 _LONGEST_SUM = (2**31 - 1) // 128**2
 """So many products of 8-bit integers have a sum that int32 holds, whatever they are."""
 
-# One H100, see benchmarks/gpu/README.md: bytes of a stream of weights, and products per microsecond: of 8-bit numbers,
-# and of those that are lifted.
-_BYTES_PER_US = 1.8e6
-_PRODUCTS_PER_US = {True: 2.5e8, False: 1.2e8}
+# One H100, see README.md: bytes of a stream of weights and products per microsecond, by how much of a chunk's
+# time goes into its scales; 32 inputs are few for that, and codes of 4 bits are decoded, too.
+_BYTES_PER_US = {"one scale": 2.4e6, "chunks": 2.4e6, "short chunks": 1.25e6, "short chunks of 4 bits": 3.6e5}
+_PRODUCTS_PER_US = {"one scale": 4.5e8, "chunks": 3.4e8, "short chunks": 7e7, "short chunks of 4 bits": 4e7}
+_LIFTED = 1 / 3
+"""What is left of these products where FP8 is lifted, as `triton.wna16` multiplies; not measured."""
 
 
 class Chunks(NamedTuple):
@@ -76,8 +78,10 @@ def quantized_verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     # A platform without a number may be any.
     native = platform.arch in ("", *NATIVE)
     held, filled = bytes_held(problem, chunks), chunks.slots(k)
+    pace = _pace(problem, chunks)
+    products = _PRODUCTS_PER_US[pace] * (1 if native or not floating else _LIFTED)
     return Accepted(
-        Cost(2 * LAUNCH_US + held / _BYTES_PER_US, problem.out_features * k / _PRODUCTS_PER_US[native or not floating]),
+        Cost(LAUNCH_US + held / _BYTES_PER_US[pace], problem.out_features * k / products),
         casts=(Cast("accumulator", "float22_e8m13"),) if floating and native else (),
         extra_bytes=max(0, held - problem.stored_bytes),
         notes=(f"K is filled up to {filled}",) if filled != k else (),
@@ -101,6 +105,17 @@ def chunks_of(problem: LinearProblem) -> Chunks | None:
         if size in (0, chunk) and (len(sizes) == 1 or sizes[0] % chunk == 0)
     ]
     return min(fitting, key=lambda chunks: chunks.slots(problem.in_features), default=None)
+
+
+def _pace(problem: LinearProblem, chunks: Chunks) -> str:
+    """Return which of the rates above holds."""
+    activation, weight = problem.activation, problem.segments[0].weight
+    grouped = activation is not None and activation.granularity == "group"
+    if not grouped and len(group_sizes(weight.granularity, problem.in_features)) == 1:
+        return "one scale"
+    if chunks.size > _CHUNKS[-1]:
+        return "chunks"
+    return "short chunks" if held_bits(weight.element) == 8 else "short chunks of 4 bits"
 
 
 def held_bits(element: ElementType) -> int:

@@ -59,7 +59,7 @@ class Cut(NamedTuple):
 
 def cut(rows: int, outputs: int, steps: int, multiprocessors: int, *, large: bool) -> Cut:
     """
-    Return how a product is cut, see benchmarks/gpu/README.md for what was tried.
+    Return how a product is cut; this plugin's README says what was tried.
 
     Args:
         rows: M.
@@ -168,7 +168,7 @@ def _linear_quantized(
         rows, outputs, inputs, codes.shape[1], chunks, steps * fields, scales.shape[0], per_group, rows_per_scale,
         scales.shape[1], x.stride(0), x.stride(1), outputs, rows * outputs,
         KIND=kind, BITS=bits, MIDDLE=middle, CHUNK=chunk, GROUPED=grouped, HELD=held.triton, FUSED=fused,
-        SHARED=shared, EXPONENT=grid.exponent, SPAN=span(inputs), **rounding(grid, held),
+        SHARED=shared, EXPONENT=grid.exponent, SPAN=span(inputs) if fused else 0, **rounding(grid, held),
         BIAS=whole and bias is not None, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, ABREAST=_ABREAST,
         num_warps=plan.warps, num_stages=stages,
     )  # fmt: skip
