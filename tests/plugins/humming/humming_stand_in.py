@@ -107,19 +107,23 @@ def product(config, x, weight, scales, zeros, bias):
 
 
 def humming_gemm(
-    *, layer_config, compute_config, tuning_config, inputs, weight, weight_scale, zero_point, bias,
-    sorted_ids, expert_ids, num_tokens_padded, locks, top_k,
+    *, layer_config, tuning_config, inputs, weight, weight_scale, zero_point, bias, locks, compute_config="{}",
+    sorted_ids=None, expert_ids=None, num_tokens_padded=None, top_k=1,
 ):  # fmt: skip
     config = LayerConfig(**json.loads(layer_config))
     tuning = json.loads(tuning_config)
-    assert json.loads(compute_config) == {"gemm_type": "indexed"}
-    assert not tuning["use_pdl"]
     assert inputs.is_contiguous()
     assert inputs.shape[1] == config.shape_k - config.pad_shape_k
-    assert weight.shape[0] == weight_scale.shape[0] == config.num_experts
     assert (config.has_bias, config.has_zero_point) == (bias is not None, zero_point is not None)
     assert not locks.any()
-    assert all(each.data_ptr() % 16 == 0 for each in (inputs, locks, sorted_ids))
+    assert all(each.data_ptr() % 16 == 0 for each in (inputs, locks))
+    if sorted_ids is None:
+        assert (compute_config, config.num_experts) == ("{}", 0)
+        return product(config, inputs, weight, weight_scale, zero_point, bias)
+    assert json.loads(compute_config) == {"gemm_type": "indexed"}
+    assert not tuning["use_pdl"]
+    assert sorted_ids.data_ptr() % 16 == 0
+    assert weight.shape[0] == weight_scale.shape[0] == config.num_experts
     rows, total = tuning["block_shape"][0], int(num_tokens_padded)
     assert total % rows == 0
     assert total <= len(sorted_ids)
@@ -146,7 +150,7 @@ class Heuristics:
 
 
 def get_heuristics_config(config, *, shape_m, gemm_type, device):
-    assert (gemm_type, device, shape_m % 8) == ("indexed", 0, 0)
+    assert (gemm_type, device, shape_m % 8) == ("indexed" if config.num_experts else "dense", 0, 0)
     rows = 8 if shape_m < 64 else 24
     return {"block_shape": [rows, 128, 64], "use_pdl": True}
 

@@ -64,6 +64,20 @@ def test_what_fills_up_is_declared():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "measured"),
+    [
+        ({"experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768}, {1: 27.4, 16: 94.2, 256: 158.8, 4096: 806}),
+        ({"hidden": 4096, "intermediate": 14336}, {1: 83.9, 16: 263.8, 256: 482.1, 4096: 5522.9}),
+    ],
+)
+def test_the_estimate_is_near_what_was_measured(sizes, measured):
+    """On one H100, see the README; how many experts few rows take depends on the router."""
+    verdict = KERNEL.supports(replace(PROBLEM, **sizes), GPU)
+    for rows, us in measured.items():
+        assert 0.7 < verdict.cost.at(rows) / us < 1.5
+
+
+@pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
         ({"experts": 4096}, "shape", "4096 experts"),

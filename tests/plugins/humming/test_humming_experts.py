@@ -45,9 +45,8 @@ def case_of(name: str) -> ExpertCase:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_element_is_within_the_derived_bound(name):
     case = case_of(name)
-    for rows, kind in ((1, "spread"), (5, "mixed")):
-        x, routing = case.inputs(rows), case.route(rows, kind)
-        case.check(x, routing, case.apply(x, routing), f"{rows} rows, {kind}")
+    x, routing = case.inputs(3), case.route(3)
+    case.check(x, routing, case.apply(x, routing), "3 rows")
     assert case.prepared.nbytes <= sum(part.nbytes for part in parts(case)) + case.extra_bytes
 
 
@@ -97,7 +96,9 @@ def test_padding_hides_what_x_and_weights_hold():
     case.check(clean, routing, y, "y beside padded rows")
 
 
-@pytest.mark.parametrize(("count", "experts", "rows"), [(1, 1, 8), (70, 40, 8), (1500, 5, 24), (2100, 3, 96)])
+@pytest.mark.parametrize(
+    ("count", "experts", "rows"), [(1, 1, 8), (70, 40, 8), (1024, 5, 24), (1500, 5, 24), (5000, 3, 96)]
+)
 def test_choices_are_put_in_order_also_in_several_goes(count, experts, rows):
     ids = torch.randint(-2, experts + 2, (count, 1), generator=torch.Generator().manual_seed(count))
     blocks = to_blocks(Choices(ids, None, experts), rows)

@@ -1,4 +1,4 @@
-"""What is handed to humming, by a stand-in for it: every value of a weight, and the scales that humming cannot read."""
+"""What humming cannot take as it is: scales that it cannot read, and a bias in the order of outputs."""
 
 from __future__ import annotations
 
@@ -7,47 +7,24 @@ import pytest
 import torch
 
 from quantplug.codes import code_values
-from quantplug.kernel import Accepted
-from quantplug.platform import Platform
-from quantplug.spec import ElementType
+from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug_humming.form import form_of
-from quantplug_humming.kernel import HummingKernel
-from quantplug_humming.prepare import layer_config, transform
+from quantplug_humming.prepare import bias_order
 from quantplug_humming.smallest import raise_smallest
-from quantplug_testkit.bounds import weight_error
-from quantplug_testkit.canonical import segment_of
-from quantplug_testkit.compare import assert_within
-from quantplug_testkit.conformance.problems import CATALOGUE
 
-KERNEL, GPU, CPU = HummingKernel(), Platform.parse("cuda:9.0"), torch.device("cpu")
-ACCEPTED = {
-    hazard.family: hazard
-    for hazard in CATALOGUE
-    if hazard.problem.uniform and isinstance(KERNEL.supports(hazard.problem, GPU), Accepted)
-}
+CPU = torch.device("cpu")
 SMALLEST_NORMAL = 2.0**-126
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_every_value_is_what_the_declared_roundings_make_of_it(name):
-    hazard = ACCEPTED[name]
-    form = form_of(hazard.problem)
-    made = transform(hazard.problem, hazard.weights(), CPU)
-    config = layer_config(form)
-    decoded, scale = humming_stand_in.decode(config, made["weight"], made["weight_scale"], made.get("zero_point"))
-    held = decoded * scale.reshape(-1, 1)
-    plain = [cast for cast in KERNEL.supports(hazard.problem, GPU).casts if cast.what in {"scales", "weights"}]
-    start = 0
-    for segment in map(segment_of, hazard.weights()):
-        exact, off = segment.values(), weight_error(segment, plain)
-        values = held[start : start + len(exact)]
-        start += len(exact)
-        # the stand-in multiplies in float32, and a value may be below what that holds
-        rounded = 2.0**-24 * (abs(exact) + off) + SMALLEST_NORMAL
-        assert_within(values[:, : form.inputs], exact, off + rounded, name)
-        # what fills up is multiplied by zeros
-        assert values.isfinite().all()
+@pytest.mark.parametrize("outputs", [33, 128])
+def test_a_bias_is_brought_into_the_order_of_humming_without_the_host(outputs):
+    spec = WeightSpec(ElementType.INT4, PerGroup(32), "bfloat16")
+    form = form_of(LinearProblem(64, (SegmentSpec(outputs, spec),), "bfloat16", bias=True))
+    bias = torch.arange(outputs, dtype=torch.bfloat16) + 1
+    filled = torch.nn.functional.pad(bias, (0, 128 - outputs))
+    held, expected = bias[bias_order(form, CPU)], humming_stand_in.transform_humming_bias(filled)
+    assert torch.equal(held[expected > 0], expected[expected > 0])
 
 
 @pytest.mark.parametrize("element", [ElementType.FLOAT8_E4M3FN, ElementType.FLOAT4_E2M1FN])

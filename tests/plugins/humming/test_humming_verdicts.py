@@ -45,7 +45,7 @@ def asked(weight=INT4, n=4096, k=4096, dtype="bfloat16", *, bias=False):
         (asked(replace(INT4, element=ElementType.INT8)), ("scales", "weights", "splits"), 0),
         (asked(FP8), ("scales", "partials", "splits"), 0),
         (asked(replace(FP8, granularity=PerTensor())), ("splits",), 0),
-        (asked(replace(FP8, granularity=PerTensor()), bias=True), ("partials", "splits"), 0),
+        (asked(replace(FP8, granularity=PerTensor()), bias=True), ("partials", "splits"), 4 * 4096),
         (asked(replace(FP8, granularity=PerBlock(128, 128))), ("scales", "weights", "splits"), 8192 * 32 - 4 * 32 * 32),
         (asked(MX), ("splits",), 0),
         (asked(MXFP4), ("splits",), 0),

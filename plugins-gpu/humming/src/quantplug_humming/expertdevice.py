@@ -21,23 +21,37 @@ def _local(ids_ptr, map_ptr, choices, count, experts, mapped, MAP: tl.constexpr)
 
 
 @triton.jit
+def tally(ids_ptr, map_ptr, counts_ptr, count, experts, mapped, MAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Write how many choices name each expert: a program counts its own, which is less work than counting all."""
+    expert = tl.program_id(0)
+    hits = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        local = _local(ids_ptr, map_ptr, start + tl.arange(0, BLOCK), count, experts, mapped, MAP)
+        hits += (local == expert).to(tl.int32)
+    tl.store(counts_ptr + expert, tl.sum(hits))
+
+
+@triton.jit
 def route(
-    ids_ptr, map_ptr, order_ptr, owners_ptr, total_ptr, locks_ptr, count, experts, mapped, rows,
-    MAP: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr, LOCKS: tl.constexpr,
+    ids_ptr, map_ptr, counts_ptr, order_ptr, owners_ptr, total_ptr, locks_ptr, count, experts, mapped, rows,
+    MAP: tl.constexpr, TALLIED: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
+    LOCKS: tl.constexpr,
 ):  # fmt: skip
     """
     Put choices in the order of experts, in blocks of `rows` of one expert each, as humming's indexed product wants it.
 
     `order` holds the choices of each block, filled up with `count`; `owners` the expert of each block; `total` the
-    places in blocks that are anybody's. Every program counts the choices of all experts by itself, so that none waits
-    for another; one more than there are experts writes the total, and the zeros that humming's counters begin with.
+    places in blocks that are anybody's. Where choices fit into one go, every program counts those of all experts by
+    itself; otherwise `tally` did. One program more than there are experts writes the total, and the zeros that
+    humming's counters begin with.
     """
     expert = tl.program_id(0)
     numbers = tl.arange(0, BINS)
     within = tl.arange(0, BLOCK)
-    counts = tl.zeros((BINS,), tl.int32)
-    for start in range(0, count, BLOCK):
-        counts += tl.histogram(_local(ids_ptr, map_ptr, start + within, count, experts, mapped, MAP), BINS)
+    if TALLIED:
+        counts = tl.load(counts_ptr + numbers, mask=numbers < experts, other=0)
+    else:
+        counts = tl.histogram(_local(ids_ptr, map_ptr, within, count, experts, mapped, MAP), BINS)
     blocks = tl.where(numbers < experts, (counts + rows - 1) // rows, 0)
     if expert == experts:
         tl.store(total_ptr, tl.sum(blocks) * rows)

@@ -7,7 +7,6 @@ From canonical experts to humming's: what its `transform` makes of each expert's
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from quantplug.expertweights import PreparedExperts
 from quantplug_humming.expertfit import products
 from quantplug_humming.fit import DTYPE
 from quantplug_humming.form import form_of
-from quantplug_humming.prepare import transform
+from quantplug_humming.prepare import on, transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,8 +35,7 @@ def prepare_experts(
     """Return the tensors above; `out` is overwritten in place."""
     first, second = products(problem)
     tensors = {} if out is None else dict(out.tensors)
-    # The interpreter of Triton runs on the CPU, in tests.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(device):
         for number, expert in enumerate(experts):
             made = {f"w13.{name}": each for name, each in transform(first, expert.w13, device).items()}
             made |= {f"w2.{name}": each for name, each in transform(second, [expert.w2], device).items()}

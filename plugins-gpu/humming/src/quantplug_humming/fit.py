@@ -25,6 +25,9 @@ SCALES = ("float16", "bfloat16", "float32", POWERS)
 _OLDEST = (8, 0)
 _GROUPS = (32, 64, 128, 256)
 
+_ORDER_BYTES = 4
+"""Of each output of a layer with a bias: where it is in humming's order."""
+
 # One H100, see benchmarks/gpu/README.md: bytes of a stream of weights and products per microsecond, one launch.
 _BYTES_PER_US = 2.9e6
 _PRODUCTS_PER_US = 3.6e8
@@ -36,7 +39,7 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     refusal = refuse(problem, platform)
     if refusal is not None:
         return refusal
-    held = bytes_held(problem)
+    held = bytes_held(problem) + (_ORDER_BYTES * form_of(problem).filled[0] if problem.bias else 0)
     return Accepted(
         Cost(_LAUNCH_US + reading_us(problem), row_us(problem)),
         casts=casts(problem),

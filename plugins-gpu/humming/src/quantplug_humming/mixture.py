@@ -14,7 +14,7 @@ import torch
 import triton
 
 from quantplug_humming.choice import choose
-from quantplug_humming.expertdevice import between, combine, route
+from quantplug_humming.expertdevice import between, combine, route, tally
 from quantplug_humming.form import Form
 from quantplug_humming.prepare import NAMES, layer_config
 from quantplug_humming.product import widened
@@ -29,6 +29,9 @@ _LOCKS = 2048
 
 _INDEXED = json.dumps({"gemm_type": "indexed"})
 _CHOICES = 1024
+"""Choices that routing looks at in one go, where they are few."""
+
+_MANY_CHOICES = 4096
 _COLUMNS = 512
 
 
@@ -99,17 +102,24 @@ def most_blocks(choices: int, experts: int, rows: int) -> int:
 
 
 def to_blocks(choices: Choices, rows: int) -> Blocks:
-    """Return choices in blocks of so many rows, by one launch."""
+    """Return choices in blocks of so many rows, by one launch, or two where choices are many."""
     count = choices.total
     blocks = most_blocks(count, choices.experts, rows)
     # humming reads the order by 16 bytes and wants counters aligned to as many: what may have any length comes last.
-    scratch = torch.empty(_LOCKS + blocks * rows + blocks + 1, dtype=torch.int32, device=choices.ids.device)
-    locks, order, owners, total = scratch.split([_LOCKS, blocks * rows, blocks, 1])
+    sizes = [_LOCKS, blocks * rows, blocks, 1, choices.experts]
+    scratch = torch.empty(sum(sizes), dtype=torch.int32, device=choices.ids.device)
+    locks, order, owners, total, counts = scratch.split(sizes)
+    mapped, many = choices.local is not None, count > _CHOICES
+    block = max(64, triton.next_power_of_2(min(count, _MANY_CHOICES)))
+    if many:
+        tally[(choices.experts,)](
+            choices.ids, choices.local, counts, count, choices.experts, choices.mapped,
+            MAP=mapped, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     route[(choices.experts + 1,)](
-        choices.ids, choices.local, order, owners, total, locks, count, choices.experts, choices.mapped, rows,
-        MAP=choices.local is not None, BINS=max(64, triton.next_power_of_2(choices.experts + 1)),
-        BLOCK=max(64, min(_CHOICES, triton.next_power_of_2(count))), FILL=triton.next_power_of_2(rows), LOCKS=_LOCKS,
-        num_warps=4,
+        choices.ids, choices.local, counts, order, owners, total, locks, count, choices.experts, choices.mapped, rows,
+        MAP=mapped, TALLIED=many, BINS=max(64, triton.next_power_of_2(choices.experts + 1)), BLOCK=block,
+        FILL=triton.next_power_of_2(rows), LOCKS=_LOCKS, num_warps=8 if many else 4,
     )  # fmt: skip
     return Blocks(rows, order, owners, total, locks)
 

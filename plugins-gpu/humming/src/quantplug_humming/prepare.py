@@ -1,10 +1,14 @@
 """
 From canonical weights to humming's: codes as unsigned numbers in 32-bit words, scales in bfloat16, then its own
 `transform`. Everything that humming makes of a weight is kept under its names: `weight`, `weight_scale`, `zero_point`.
+
+humming wants a bias in an order of its own, and a linear layer's arrives with each call: `bias_order` int32 `[N]`, as
+filled up, is where each of its elements comes from.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ from quantplug_humming.smallest import raise_smallest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from quantplug.spec import LinearProblem
     from quantplug.weight import Weight
@@ -31,14 +36,22 @@ def prepare(
     problem: LinearProblem, segments: Sequence[Weight], device: torch.device, layout_id: str, out: Prepared | None
 ) -> Prepared:
     """Return humming's tensors for a layer whose segments share one contract; `out` is overwritten in place."""
-    with torch.cuda.device(device):
-        counters(torch.cuda.current_device())
+    with on(device):
+        if device.type == "cuda":
+            counters(torch.cuda.current_device())
         tensors = transform(problem, segments, device)
+        if problem.bias:
+            tensors["bias_order"] = bias_order(form_of(problem), device)
     if out is None:
         return Prepared(layout_id, problem, tensors, form_of(problem)._asdict())
     for name, tensor in tensors.items():
         out.tensors[name].copy_(tensor)
     return out
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Return what makes a GPU the current one; the CPU is asked for in tests, by a stand-in for humming."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def transform(problem: LinearProblem, segments: Sequence[Weight], device: torch.device) -> dict[str, torch.Tensor]:
@@ -48,6 +61,14 @@ def transform(problem: LinearProblem, segments: Sequence[Weight], device: torch.
     given = _tensors(problem, segments, device)
     made = transform_humming_tensors(layer_config(form_of(problem)), given, already_padded=True)
     return {name: made[name] for name in NAMES if name in made}
+
+
+def bias_order(form: Form, device: torch.device) -> torch.Tensor:
+    """Return the outputs in humming's order of a bias; those that fill up take the first one's, and are cut off."""
+    from humming.transform import transform_humming_bias
+
+    order: torch.Tensor = transform_humming_bias(torch.arange(form.filled[0], dtype=torch.int32, device=device))
+    return order.where(order < form.outputs, 0).contiguous()
 
 
 @cache

@@ -30,7 +30,7 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> 
         tensors["weight"],
         tensors["weight_scale"],
         tensors.get("zero_point"),
-        bias,
+        None if bias is None else bias.index_select(0, tensors["bias_order"]),
         [meta[name] for name in Form._fields],
     )
     return y.view(*x.shape[:-1], meta["outputs"])
@@ -52,12 +52,9 @@ def _linear(
     if x.shape[0] == 0:
         return x.new_empty(0, form.outputs)
     from humming.ops import humming_gemm
-    from humming.transform import transform_humming_bias
 
     config = layer_config(form, bias=bias is not None)
-    choice = choose(form, bias is not None, 0, x.shape[0], x.device.index)
-    if bias is not None:
-        bias = transform_humming_bias(widened(bias[None], config.shape_n)[0])
+    choice = choose(form, bias is not None, 0, x.shape[0], x.device.index or 0)
     y: torch.Tensor = humming_gemm(
         layer_config=config.to_str(),
         inputs=widened(x, config.shape_k - config.pad_shape_k),
@@ -81,11 +78,12 @@ def _register() -> Callable[..., torch.Tensor]:
         "quantplug_humming::linear",
         "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int[] facts) -> Tensor",
     )
-    torch.library.impl("quantplug_humming::linear", "CUDA", _linear)
+    # On the CPU only a stand-in for humming runs it, in tests.
+    torch.library.impl("quantplug_humming::linear", ("CUDA", "CPU"), _linear)
     torch.library.register_fake("quantplug_humming::linear", _fake)
     operator: Callable[..., torch.Tensor] = torch.ops.quantplug_humming.linear.default
     return operator
 
 
 linear = _register()
-"""`y [M, N] = x [M, K] @ W^T + bias` through humming, see `prepare.py` for the tensors."""
+"""`y [M, N] = x [M, K] @ W^T + bias` through humming, bias in its order, see `prepare.py` for the tensors."""
