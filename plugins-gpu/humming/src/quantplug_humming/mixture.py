@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import triton
 
-from quantplug_humming.choice import choose
+from quantplug_humming.choice import Choice, choose
 from quantplug_humming.expertdevice import between, combine, route, tally
 from quantplug_humming.form import Form
 from quantplug_humming.prepare import NAMES, layer_config
@@ -133,16 +133,15 @@ class _Product(NamedTuple):
     bias: torch.Tensor | None
     form: Form
 
-    def multiply(self, x: torch.Tensor, choices: Choices, blocks: Blocks | None, top_k: int) -> tuple[
-        torch.Tensor, Blocks
-    ]:  # fmt: skip
-        """Return the product of each choice, `[M * T, N filled up to 8]`, and blocks as humming wanted them."""
+    def choose(self, choices: Choices, device: torch.device) -> Choice:
+        """Return humming's choice of a kernel."""
+        return choose(self.form, self.bias is not None, choices.experts, choices.total, device.index or 0)
+
+    def multiply(self, x: torch.Tensor, choice: Choice, experts: int, blocks: Blocks, top_k: int) -> torch.Tensor:
+        """Return the product of each choice, `[M * T, N filled up to 8]`; x has a row for so many choices."""
         from humming.ops import humming_gemm
 
-        config = layer_config(self.form, bias=self.bias is not None, experts=choices.experts)
-        choice = choose(self.form, self.bias is not None, choices.experts, choices.total, x.device.index or 0)
-        if blocks is None or blocks.rows != choice.rows:
-            blocks = to_blocks(choices, choice.rows)
+        config = layer_config(self.form, bias=self.bias is not None, experts=experts)
         product: torch.Tensor = humming_gemm(
             layer_config=config.to_str(),
             compute_config=_INDEXED,
@@ -158,7 +157,7 @@ class _Product(NamedTuple):
             locks=blocks.locks,
             top_k=top_k,
         )
-        return product, blocks
+        return product
 
 
 def _experts(
@@ -181,7 +180,9 @@ def _experts(
         second = _Product(weight2, scales2, zeros2, bias2, Form(*facts2))
 
         given = (x.to(torch.float32) * weights).to(x.dtype) if on_input else x
-        product, blocks = first.multiply(given, choices, None, top_k)
+        choice = first.choose(choices, x.device)
+        blocks = to_blocks(choices, choice.rows)
+        product = first.multiply(given, choice, count, blocks, top_k)
         width = second.form.inputs
         h = x.new_empty(choices.total, width)
         block = min(_COLUMNS, triton.next_power_of_2(width))
@@ -189,7 +190,10 @@ def _experts(
             product, ids, choices.local, h, *named, width, 0.0 if limit is None else limit, alpha, up_offset,
             MAP=mapped, GATED=gated, LIMITED=limit is not None, NAME=function, BLOCK=block, num_warps=4,
         )  # fmt: skip
-        product, _ = second.multiply(h, choices, blocks, 1)
+        choice = second.choose(choices, x.device)
+        if choice.rows != blocks.rows:
+            blocks = to_blocks(choices, choice.rows)
+        product = second.multiply(h, choice, count, blocks, 1)
         block = min(_COLUMNS, triton.next_power_of_2(hidden))
         combine[(rows, triton.cdiv(hidden, block))](
             product, ids, choices.local, weights, y, *named, product.shape[1], hidden,
