@@ -29,7 +29,11 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton compiles for the GPU here: see tests/device", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from quantplug_triton import quantizelaunch, w8a8launch  # need triton
+from quantplug_triton.w8a8device import operand  # needs triton
 
 KERNEL = TritonQuantizedKernel()
 GPU = Platform.parse("cuda:9.0")
@@ -201,6 +205,27 @@ def test_rounding_gives_the_nearest_code_everywhere(element):
     else:
         wanted = floats.decode(floats.encode(quotients.astype(np.float64), element), element)
     assert np.array_equal(found[0, : len(quotients)].numpy().astype(np.float64), wanted)
+
+
+@triton.jit
+def as_float8(octets_ptr, values_ptr, kind: tl.constexpr, middle: tl.constexpr, count: tl.constexpr):
+    """Decode both halves of each byte, as products of FP8 do, which the interpreter does not have."""
+    octets = tl.load(octets_ptr + tl.arange(0, count))
+    for field in tl.static_range(2):
+        values = operand(octets, field, kind, 4, middle, tl.float8e4nv)
+        tl.store(values_ptr + field * count + tl.arange(0, count), values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle", "wanted"),
+    [(4, 0, floats.values("float4_e2m1fn")), (1, 8, np.arange(16.0) - 8)],
+    ids=["float4_e2m1fn", "int4"],
+)
+def test_every_code_of_four_bits_becomes_the_same_number_in_fp8(kind, middle, wanted):
+    codes = torch.arange(16, dtype=torch.uint8)
+    values = torch.empty(32, dtype=torch.float8_e4m3fn)
+    as_float8[(1,)](codes | (codes.flip(0) << 4), values, kind, middle, 16)
+    assert np.array_equal(values.to(torch.float64).numpy(), np.concatenate([wanted, wanted[::-1]]))
 
 
 @pytest.mark.parametrize("hazard", FAMILIES.values(), ids=lambda hazard: hazard.family)

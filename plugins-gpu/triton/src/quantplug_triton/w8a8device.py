@@ -26,7 +26,7 @@ from quantplug_triton.quantizedevice import (
 
 
 @triton.jit
-def _operand(octets, field, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
+def operand(octets, field, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, dtype: tl.constexpr):
     """Return the values of one field's codes in the dtype of x's."""
     if BITS == 8 and octets.dtype == tl.uint8:
         values = decode(octets, octets, KIND, 8, MIDDLE, dtype)
@@ -130,7 +130,7 @@ def multiply_quantized(
                 x_codes = tl.load(x_rows[None, :] + slots[:, None], mask=present[None, :], other=0.0)
                 if X_GROUPED:
                     x_scale = tl.load(x_scales_ptr + (chunk + field) * M + rows, mask=present, other=0)
-            values = _operand(octets, field, KIND, BITS, MIDDLE, HELD)
+            values = operand(octets, field, KIND, BITS, MIDDLE, HELD)
             if WHOLE:
                 total = tl.dot(values, x_codes, total, out_dtype=tl.int32)
             else:
