@@ -1,5 +1,5 @@
 """
-The kernel for experts without a GPU: what it answers, its layout and back, and its products, element by element.
+The kernels for experts without a GPU: their layout and back, and their products, element by element.
 
 torch has no grouped product of 8-bit floats on the CPU, so that one is done in float64 here, and refuses what torch's
 own refuses. Everything around it runs through Triton's interpreter and by plain operators. On a machine with a GPU
@@ -14,19 +14,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantplug.activations import read_activation
 from quantplug.expertweights import ExpertWeights
-from quantplug.kernel import Accepted, Cast, Rejected
-from quantplug.moe import ExpertFunction, MoEProblem
+from quantplug.kernel import Accepted, Cast
+from quantplug.moe import ExpertFunction
 from quantplug.platform import Platform
-from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor, WeightSpec
+from quantplug.spec import ElementType, PerChannel, PerTensor, WeightSpec
 from quantplug_cublas import mixture
-from quantplug_cublas.experts import CublasExperts, FastCublasExperts, _probe
+from quantplug_cublas.experts import CublasExperts, FastCublasExperts
 from quantplug_testkit.canonical import weight_tensors
 from quantplug_testkit.compare import assert_bitwise_equal
-from quantplug_testkit.conformance.contract import ContractTests
 from quantplug_testkit.conformance.experts import EXPERT_CATALOGUE
-from quantplug_testkit.conformance.experts.case import ExpertCase, ExpertSubject
+from quantplug_testkit.conformance.experts.case import ExpertCase
 from quantplug_testkit.conformance.experts.hazard import family
 from quantplug_testkit.conformance.experts.routing import scatter
 
@@ -34,9 +32,6 @@ KERNEL, GPU, CPU = CublasExperts(), Platform.parse("cuda:9.0"), torch.device("cp
 ROWS = WeightSpec(ElementType.FLOAT8_E4M3FN, PerChannel(), "float32")
 WHOLE = replace(ROWS, granularity=PerTensor())
 TOKEN, STATIC = "float8_e4m3fn/token/dynamic", "float8_e4m3fn/tensor/static"
-PROBLEM = MoEProblem(
-    8, 2, 128, 64, (ROWS, ROWS), ROWS, ExpertFunction(), "bfloat16", activation=read_activation(TOKEN, "here")
-)
 LIMITED = ExpertFunction("silu", limit=1.0, alpha=1.702, up_offset=1.0)
 RELU2 = ExpertFunction("relu2", gated=False)
 
@@ -63,12 +58,6 @@ OWN = {
 }
 ALL = FAMILIES | OWN
 SOME = ("x-float8", "static-bias")
-
-
-class TestAnswersAboutExperts(ExpertSubject, ContractTests):
-    kernel = KERNEL
-    platform = GPU
-    test_probe_passes_on_this_machine = None  # which is any machine here
 
 
 def multiply(
@@ -113,59 +102,6 @@ def prepared(name: str) -> ExpertCase:
 
 def test_the_catalogue_has_each_permission():
     assert set(FAMILIES) == {"x-float8", "x-float8-static", "x-float8-tiles"}
-
-
-def test_what_is_taken_quantizes_x_and_declares_its_roundings():
-    verdict = KERNEL.supports(PROBLEM, GPU)
-    assert isinstance(verdict, Accepted)
-    assert verdict.quantizes_x
-    assert verdict.casts == (Cast("accumulator", "float22_e8m13"), Cast("partials", "bfloat16"))
-    assert verdict.extra_bytes == 0
-    assert verdict.cost.at(1) < verdict.cost.at(4096)
-    static = KERNEL.supports(replace(PROBLEM, activation=read_activation(STATIC, "here")), Platform.parse("cuda"))
-    assert isinstance(static, Accepted)
-    assert static.notes == ("x is quantized twice, for gate and for up",)
-
-
-@pytest.mark.parametrize(
-    ("changes", "code", "words"),
-    [
-        ({"dtype": "float16"}, "dtype", "float16"),
-        ({"experts": 1024}, "shape", "1024 experts"),
-        ({"experts": 600, "activation": read_activation(STATIC, "here")}, "shape", "600 experts, 2 groups each"),
-        ({"hidden": 0}, "shape", "hidden is 0"),
-        ({"router_weight_on_input": True}, "shape", "top_k 2"),
-        ({"w13": (ROWS,)}, "segments", "1 projections"),
-        ({"w2": replace(ROWS, element=ElementType.FLOAT8_E5M2)}, "element", "float8_e5m2"),
-        ({"w2": replace(ROWS, act_order=True)}, "act_order", "g_idx"),
-        ({"w2": replace(ROWS, scale_dtype="float8_e8m0fnu")}, "dtype", "float8_e8m0fnu"),
-        ({"w2": replace(ROWS, global_scale=True)}, "dtype", "global scale"),
-        ({"w2": replace(ROWS, granularity=PerBlock(128, 128))}, "granularity", "blocks of 128 x 128"),
-        ({"activation": None}, "activation", "none"),
-        ({"activation": read_activation("float8_e4m3fn/tensor/dynamic", "here")}, "activation", "tensor, dynamic"),
-        ({"activation": read_activation("float8_e5m2/token/dynamic", "here")}, "activation", "float8_e5m2"),
-        ({"function": ExpertFunction("swish")}, "function", "swish"),
-    ],
-)
-def test_a_refusal_names_what_failed(changes, code, words):
-    verdict = KERNEL.supports(replace(PROBLEM, **changes), GPU)
-    assert isinstance(verdict, Rejected)
-    assert verdict.code == code
-    assert words in verdict.reason
-
-
-@pytest.mark.parametrize(("platform", "code"), [("cpu", "platform"), ("cuda:8.9", "arch"), ("cuda:10.0", "arch")])
-def test_only_hopper_is_taken(platform, code):
-    verdict = KERNEL.supports(PROBLEM, Platform.parse(platform))
-    assert isinstance(verdict, Rejected)
-    assert verdict.code == code
-
-
-def test_the_kernel_is_found_by_its_entry_point():
-    from quantplug.plugins import registry
-
-    for name in ("cublas.moe", "cublas.moe.fast"):
-        assert registry().moe_kernels[name].plugin == "quantplug-cublas"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -247,24 +183,6 @@ def test_groups_without_rows_stand_between_where_torchs_tile_would_be_slow(monke
     monkeypatch.setattr(mixture, "_FEW", 15)
     assert_bitwise_equal(case.apply(x, routing), whole, "y by more groups")
     assert seen == [7, 7]
-
-
-@pytest.mark.parametrize(
-    ("rows", "groups", "outputs", "inputs", "steps"),
-    [
-        (32768, 128, 1536, 2048, 2),
-        (131072, 128, 1536, 2048, 8),
-        (16384, 128, 1536, 2048, 1),  # 128 rows each: torch takes its tile for few
-        (8192, 8, 28672, 4096, 1),  # two sizes of 2048 or more: the tile is small enough
-        (60000, 8, 4096, 768, 1),  # so they are with so many rows
-        (16384, 8, 1536, 512, 32),
-        (16384, 8, 144, 512, 1),  # 144 outputs cannot be cut into 32
-        (4000, 1, 1536, 512, 1),  # a single expert has nothing behind it
-        (300, 2, 128, 64, 1),
-    ],
-)
-def test_torchs_choice_of_a_tile_is_steered_by_groups_without_rows(rows, groups, outputs, inputs, steps):
-    assert mixture._steps(rows, groups, outputs, inputs) == steps
 
 
 def test_sums_are_added_up_fast_where_that_is_asked_for(monkeypatch):
@@ -367,11 +285,3 @@ def test_the_compiler_sees_one_operator():
     for rows in (3, 1, 0):
         x, routing = case.inputs(rows), case.route(rows)
         assert torch.equal(compiled(x, routing.weights, routing.ids), case.apply(x, routing))
-
-
-def test_the_probe_says_what_is_missing(monkeypatch):
-    assert KERNEL.probe(Platform.parse("cpu")) is None
-    monkeypatch.delattr(torch, "_scaled_grouped_mm")
-    refusal = _probe.__wrapped__()
-    assert refusal is not None
-    assert "has no operator _scaled_grouped_mm" in refusal.reason
