@@ -9,7 +9,8 @@ from quantplug.activations import read_activation
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, LinearProblem, PerChannel, SegmentSpec, WeightSpec
 from quantplug.weight import Weight
-from quantplug_testkit.conformance import LinearKernelConformance
+from quantplug_testkit.conformance import CATALOGUE, LinearKernelConformance
+from quantplug_testkit.conformance.case import Case
 
 pytest.importorskip("triton", reason="triton is not installed here")
 if not torch.cuda.is_available():
@@ -51,6 +52,19 @@ def test_sums_of_many_small_products_do_not_get_lost_beside_a_large_one(rows: in
     exact = large + (k - 2) * small
     within_a_chunk = 128 * small
     assert float((y - exact).abs().max()) <= within_a_chunk
+
+
+@pytest.mark.parametrize(
+    "family", ["x-float8-bias-odd-n-and-k", "x-float8_e5m2", "x-float8-ragged-groups-and-blocks", "x-mxfp8-mxfp4"]
+)
+def test_codes_that_are_lifted_give_the_product_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs that have no FP8, or one whose sums nobody has derived."""
+    monkeypatch.setattr(w8a8launch, "multiplies_float8", lambda index: False)
+    hazard = next(each for each in CATALOGUE if each.family == family and each.problem.dtype == "bfloat16")
+    case = Case(KERNEL, Platform.parse("cuda:8.0"), torch.device("cuda"), hazard)
+    for rows in (1, 17, 100):
+        x = case.inputs(rows)
+        case.check(x, case.apply(x), f"{rows} rows")
 
 
 @pytest.mark.parametrize("permission", ["token/dynamic", "group128/dynamic", "tensor/dynamic"])
