@@ -46,19 +46,22 @@ def main() -> None:
     cases = [case for case in cases if case.kind in options.kinds]
     contenders = _contenders(cases, options.only)
     names = {kind: _names(contenders, kind) for kind in dict.fromkeys(case.kind for case in cases)}
-    checked = check_all(tasks_of(contenders, cases, rows))
+    checked = check_all(tasks_of(contenders, cases, rows), options.patience)
     report = Report("", names, [], refusals_of(checked))
     ready = time.monotonic()
     print(*(f"not run: {line}" for line in report.refusals), sep="\n")
     limits = ceilings()
-    for point in measure(checked, cases, rows, limits):
-        report.points.append(point)
-        print(progress(point, names[point.kind]), flush=True)
-        spent = f"Checked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s."
-        report.machine = f"{_machine(limits)} {spent}"
-        if options.json:
-            report.write(options.json)
-    print("", *markdown(report, whole=True), sep="\n")
+    try:
+        for point in measure(checked, cases, rows, limits):
+            report.points.append(point)
+            print(progress(point, names[point.kind]), flush=True)
+            spent = f"Checked in {ready - started:.0f} s, measured in {time.monotonic() - ready:.0f} s."
+            report.machine = f"{_machine(limits)} {spent}"
+            if options.json:
+                report.write(options.json)
+    finally:
+        # Whatever breaks, and be it the GPU: what was measured is worth its time.
+        print("", *markdown(report, whole=True), sep="\n", flush=True)
 
 
 def _options() -> argparse.Namespace:
@@ -68,6 +71,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=("linear", "experts"), default=("linear", "experts"))
     parser.add_argument("--rows", nargs="+", type=int, metavar="M", help="these numbers of rows of linear layers")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="these numbers of rows of experts")
+    parser.add_argument(
+        "--patience", type=float, default=300.0, metavar="SECONDS", help="what is not checked by then is not measured"
+    )
     parser.add_argument("--formats", nargs="+", default=["*"], metavar="FORMAT", help='such as "int4*"')
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="NAME", help='which contenders, such as "marlin*" "bf16*"'

@@ -6,12 +6,10 @@ Several processes do this at once; nothing is timed. What was compiled lies in c
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 import traceback
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ import torch
 from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.contenders import Contender, Held, OurExperts, Ours
 from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.processes import in_processes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -59,8 +58,6 @@ class Checked:
 _LONG_SECONDS = 10.0
 """A check that takes longer is mentioned."""
 
-_LOST = "the GPU was broken before"
-
 Task = tuple[str, "Case", tuple[int, ...]]
 """A contender by name, a layer, and numbers of rows."""
 
@@ -85,27 +82,19 @@ def tasks_of(contenders: list[Contender], cases: list[Case], rows: dict[Kind, tu
     return [task for *_, task in sorted(found, key=lambda each: each[:2], reverse=True)]
 
 
-def check_all(tasks: list[Task]) -> list[Checked]:
-    """
-    Check contenders on layers, in as many processes as there are processors.
-
-    A kernel that breaks the GPU for its process takes the tasks with it that come there later: they are done again.
-    """
+def check_all(tasks: list[Task], seconds: float) -> list[Checked]:
+    """Check contenders on layers, in as many processes as there are processors; what takes too long is given up."""
     works = [make(name, case.kind).work(case) for name, case, _ in tasks]
     first: dict[Hashable, Task] = {}
     for work, task in zip(works, tasks, strict=True):
         first.setdefault(work, task)
-    done = dict(zip(first, _checked_by_pool(list(first.values())), strict=True))
-    lost = [work for work, result in done.items() if result.refused == _LOST]
-    if lost:
-        done |= zip(lost, _checked_by_pool([first[work] for work in lost]), strict=True)
+    workers = max(1, (os.cpu_count() or 4) - 2)
+    found = in_processes(_check, _usable, list(first.values()), workers=workers, seconds=seconds)
+    done = {
+        work: result if isinstance(result, Checked) else Checked(*task[:2], refused=result)
+        for (work, task), result in zip(first.items(), found, strict=True)
+    }
     return [replace(done[work], case=case) for work, (_, case, _) in zip(works, tasks, strict=True)]
-
-
-def _checked_by_pool(tasks: list[Task]) -> list[Checked]:
-    workers = max(1, min(len(tasks), (os.cpu_count() or 4) - 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-        return list(pool.map(_check, tasks))
 
 
 def refusals_of(checked: list[Checked]) -> list[str]:
@@ -121,17 +110,11 @@ def refusals_of(checked: list[Checked]) -> list[str]:
     ]
 
 
-def _begin() -> None:
-    torch.set_num_threads(2)
-
-
 def _check(task: Task) -> Checked:
     name, case, rows = task
     result = Checked(name, case)
-    if not _usable():
-        result.refused = _LOST
-        return result
     started = time.monotonic()
+    torch.set_num_threads(2)
     try:
         contender = make(name, case.kind)
         result.refused = contender.refuses(case)
@@ -151,7 +134,7 @@ def _check(task: Task) -> Checked:
 
 
 def _usable() -> bool:
-    """Return whether this process can still use the GPU."""
+    """Return whether this process can still use the GPU, which a kernel that breaks takes from it."""
     try:
         torch.zeros(1, device=CUDA).item()
     except RuntimeError:

@@ -75,7 +75,7 @@ def measure(
                             layers[contender.name] = _copies(contender, case)
                         known[work] = _time(contender, case, inputs, layers[contender.name])
                     point.us[contender.name] = known[work]
-                except RuntimeError as error:
+                except Exception as error:  # noqa: BLE001  # who breaks must not take the others with it
                     print(f"not measured: {contender.name} for {case.format}, {case.layer}, M = {count}: {error}")
             yield point
         del layers

@@ -131,17 +131,12 @@ def test_experts_are_held_against_their_definition(on_cpu, off, refused):
     assert us == {3: {} if refused else {"toy experts": 3.0}}
 
 
-def test_what_came_after_a_broken_gpu_is_done_again(on_cpu):
+def test_what_a_process_did_not_bring_back_is_refused(on_cpu):
     play(on_cpu, Reference())
     cases = [LinearCase("int4 g128", 128, 256), LinearCase("int4 g128", 256, 256)]
-    rounds = iter(
-        [[Checked("toy", cases[0]), Checked("toy", cases[1], checking._LOST)], [Checked("toy", cases[1], "no")]]
-    )
-    asked = []
-    on_cpu.setattr(checking, "_checked_by_pool", lambda tasks: asked.append(tasks) or next(rounds))
-    tasks = [("toy", case, (1,)) for case in cases]
-    assert [result.refused for result in checking.check_all(tasks)] == ["", "no"]
-    assert asked == [tasks, tasks[1:]]
+    on_cpu.setattr(checking, "in_processes", lambda check, usable, tasks, **_: [check(tasks[0]), "its process ended"])
+    checked = checking.check_all([("toy", case, (1,)) for case in cases], 1.0)
+    assert [(result.case, result.refused) for result in checked] == [(cases[0], ""), (cases[1], "its process ended")]
 
 
 def test_the_same_work_is_done_once(on_cpu):
@@ -149,8 +144,12 @@ def test_the_same_work_is_done_once(on_cpu):
     play(on_cpu, contender)
     cases = [LinearCase("fp8 weight-only", 128, 256), LinearCase("fp8 channel w8a8", 128, 256)]
     asked = []
-    on_cpu.setattr(checking, "_checked_by_pool", lambda tasks: asked.extend(tasks) or [*map(checking._check, tasks)])
-    checked = checking.check_all([("toy", case, (1,)) for case in cases])
+    on_cpu.setattr(
+        checking,
+        "in_processes",
+        lambda check, usable, tasks, **_: asked.extend(tasks) or [check(task) for task in tasks],
+    )
+    checked = checking.check_all([("toy", case, (1,)) for case in cases], 1.0)
     assert [case.format for _, case, _ in asked] == ["fp8 weight-only"]
     assert [result.case for result in checked] == cases
     on_cpu.setattr(contender, "prepare", lambda case: asked.append(case) or Reference.prepare(contender, case))
