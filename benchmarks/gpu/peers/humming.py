@@ -101,11 +101,20 @@ def described(format_name: str, n: int, k: int, experts: int = 0) -> Any:
 
 
 @cache
-def tuned(format_name: str, n: int, k: int, experts: int, rows: int) -> str:
-    """Return humming's own choice of a kernel for a number of rows, or of choices of all rows."""
+def tuned(format_name: str, n: int, k: int, experts: int, rows: int, *, waits: bool = False) -> str:
+    """
+    Return humming's own choice of a kernel.
+
+    Args:
+        format_name: of the weights.
+        n: outputs.
+        k: inputs.
+        experts: E, whose rows are indexed; 0 for a linear layer.
+        rows: of x, or choices of all rows.
+        waits: whether it must not begin before the launch ahead of it has ended.
+    """
     from humming.tune import get_heuristics_config
 
-    gemm = "indexed" if experts else "dense"
-    return json.dumps(
-        get_heuristics_config(described(format_name, n, k, experts), shape_m=rows, gemm_type=gemm, device=0)
-    )
+    layer, gemm = described(format_name, n, k, experts), "indexed" if experts else "dense"
+    kernel = dict(get_heuristics_config(layer, shape_m=rows, gemm_type=gemm, device=0))
+    return json.dumps(kernel | ({"use_pdl": False} if waits else {}))
