@@ -159,23 +159,3 @@ def test_the_plain_way_serves_where_there_is_no_triton(monkeypatch: pytest.Monke
     for case in cases:
         x, routing = case.inputs(9), case.route(9)
         case.check(x, routing, case.apply(x, routing), "9 rows")
-
-
-def test_two_streams_at_once_do_not_disturb_each_other() -> None:
-    made = layer(16, 4, 256, 128)
-    given = []
-    for rows in (3, 200):
-        ids = torch.rand(rows, 16, device="cuda").argsort(1)[:, :4]
-        x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
-        given.append((x, torch.rand(rows, 4, device="cuda"), ids))
-    wanted = [KERNEL.apply(*each, made) for each in given]
-    streams = [torch.cuda.Stream() for _ in given]
-    torch.cuda.synchronize()
-    results: list[list[torch.Tensor]] = [[], []]
-    for _ in range(30):
-        for number, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[number].append(KERNEL.apply(*given[number], made))
-    torch.cuda.synchronize()
-    for number, found in enumerate(results):
-        assert all(torch.equal(y, wanted[number]) for y in found)

@@ -158,10 +158,10 @@ CUTS = (
     Cut(2, 64, 4, 2, 4),
     Cut(2, 64, 4, 2, 4, splits=3),
     Cut(1, 16, 1, 4, 2, splits=5),
-    GroupCut(2, 1, 32, 1, 4, shares=8),
-    GroupCut(1, 2, 64, 1, 3, shares=2),
-    GroupCut(2, 1, 128, 1, 5),
-    GroupCut(2, 2, 128, 1, 3),
+    GroupCut(2, 32, 1, 1, 4, shares=8),
+    GroupCut(1, 64, 1, 1, 3, shares=2),
+    GroupCut(2, 128, 1, 1, 5),
+    GroupCut(2, 48, 1, 1, 2, most=3),
 )
 """Those, too, that no device would choose."""
 
