@@ -31,8 +31,8 @@ Role = Literal["ours", "peer", "reference", "informative"]
 MANY = 512
 """Rows from which on dequantizing at every call is worth measuring."""
 
-FEW = 128
-"""Rows up to which the portable kernel is: beyond them it is slower than bfloat16, by up to seven times."""
+MOST_ROWS = {"triton.wna16": 128, "triton.w8a8": 2048, "triton.wna16.dense": 0, "triton.w8a8.dense": 0}
+"""Rows up to which portable kernels are: beyond them they are far behind, and take long to compile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +137,8 @@ class Ours(_Installed):
 
     def rows(self, asked: tuple[int, ...], case: LinearCase) -> tuple[int, ...]:
         """Leave out what nobody would choose by far."""
-        if self.name.startswith("triton."):
-            # Its tiles for few rows are not what a layer is dequantized for, either.
-            return () if self.name.endswith(".dense") else tuple(rows for rows in asked if rows <= FEW)
-        return tuple(rows for rows in asked if rows >= MANY) if self.name.endswith(".dense") else asked
+        least = MANY if self.name.endswith(".dense") else 0
+        return tuple(rows for rows in asked if least <= rows <= MOST_ROWS.get(self.name, rows))
 
 
 class OurExperts(_Installed):

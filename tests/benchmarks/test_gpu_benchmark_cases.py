@@ -129,3 +129,11 @@ def test_every_contender_has_a_name_of_its_own():
     everyone = [(peer.kind, peer.name) for peer in (maker() for maker in PEERS)]
     assert len(set(everyone)) == len(everyone)
     assert {peer().role for peer in PEERS} == {"peer", "reference", "informative"}
+
+
+def test_our_kernels_are_measured_where_somebody_could_choose_them():
+    case = LinearCase("int4 g128", 4096, 4096)
+    assert make("marlin.wna16", "linear").rows(ROWS, case) == ROWS
+    assert make("marlin.wna16.dense", "linear").rows(ROWS, case) == (512, 2048, 8192)
+    assert make("triton.wna16", "linear").rows(ROWS, case) == (1, 4, 16, 32, 64, 128)
+    assert make("triton.wna16.dense", "linear").rows(ROWS, case) == ()
