@@ -18,7 +18,8 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is installed on Linux
 
 INT4 = Form(ElementType.INT4, half=False, scale="float16", parts=1, per_group=2)
 FEW, MANY = Cut(2, 8, 1, 16, 4), Cut(2, 64, 4, 2, 4)
-GROUP = GroupCut(2, 1, 64, 2, 4, shares=4)
+GROUP = GroupCut(2, 64, 2, 1, 4, shares=4)
+MOST = GroupCut(2, 32, 2, 2, 4)
 EXPERTS = tuple(
     {"EXPERTS": number, "GATED": gated, "FUNCTION": function, "LIMITED": gated}
     for number, gated, function in ((1, 1, 0), (1, 0, 4), (2, 0, 0))
@@ -49,12 +50,13 @@ def test_the_product_compiles(cut, architecture):
     assert code(cut.file, {**INT4.definitions(), **cut.definitions()}, architecture)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize(("cut", "architecture"), [(FEW, "sm_80"), (MOST, "sm_90a")], ids=["few rows", "warpgroups"])
 @pytest.mark.parametrize("own", EXPERTS, ids=["gate and up", "no gate", "down"])
-def test_the_products_of_experts_compile(own):
-    assert code("multiply.cu", {**INT4.definitions(), **FEW.definitions(), **own}, "sm_80")[:4] == b"\x7fELF"
+def test_the_products_of_experts_compile(own, cut, architecture):
+    assert code(cut.file, {**INT4.definitions(), **cut.definitions(), **own}, architecture)[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("file", ["gather.cu", "shares.cu", "dense.cu", "route.cu", "combine.cu"])
+@pytest.mark.parametrize("file", ["gather.cu", "shares.cu", "dense.cu", "route.cu", "rows.cu", "combine.cu"])
 def test_what_surrounds_the_product_compiles(file):
     assert code(file, {**INT4.definitions(), "OUT": 2}, "sm_80")[:4] == b"\x7fELF"
 
@@ -91,6 +93,18 @@ def test_every_form_compiles(element, architecture):
             assert code("dense.cu", {**form.definitions(), "OUT": int(half)}, architecture)
             for own in EXPERTS:
                 assert code("multiply.cu", {**form.definitions(), **FEW.definitions(), **own}, architecture)
+            if architecture == "sm_90a":
+                assert code(MOST.file, {**form.definitions(), **MOST.definitions(), **EXPERTS[0]}, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("element", [element for element in ElementType if element.floating])
+def test_scales_that_multiply_codes_compile(element, half):
+    for scale, parts in (("bfloat16", 2), ("float16", 4)):
+        form = Form(element, half, scale, parts, 1, exact=True)
+        for cut in (GROUP, GroupCut(2, 256, 1, 2, 4)):
+            assert code(cut.file, {**form.definitions(), **cut.definitions()}, "sm_90a")
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
@@ -107,14 +121,20 @@ def test_every_choice_fits_into_shared_memory_and_covers_the_product(machine):
                 cut = choose(form, n // 16, k // 64, rows, machine.target)
                 across, down, splits = cut.grid(n // 16, rows)
                 group = isinstance(cut, GroupCut)
-                wide = 4 * cut.groups * cut.bands if group else cut.tiles * cut.warps_n
+                wide = 4 * cut.groups if group else cut.tiles * cut.warps_n
                 about = f"{machine.name} {form} {n}x{k} {rows} rows: {cut}"
-                assert cut.shared_bytes(form) + 1024 * group <= machine.target.shared_bytes, about
+                fixed = cut.fixed_bytes if group else 0
+                assert cut.shared_bytes(form) + fixed <= machine.target.shared_bytes, about
                 assert cut.threads <= 1024, about
-                assert across // cut.shares * wide * 16 >= n, about
-                assert down * cut.tokens >= rows, about
+                if group:  # a block takes one piece after the other
+                    pieces = -(-n // 16 // wide) * -(-rows // cut.tokens)
+                    assert across == (pieces * cut.shares if cut.shares > 1 else min(pieces, 132)), about
+                else:
+                    assert across // cut.shares * wide * 16 >= n, about
+                    assert down * cut.tokens >= rows, about
                 assert 1 <= splits * cut.shares <= max(1, k // 64), about
                 assert not group or (machine.name == "H100" and k // 64 % cut.chunks == 0), about
+                assert not group or cut.stages == 1 or k // 64 % (cut.chunks * 2 * cut.shares) == 0, about
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)

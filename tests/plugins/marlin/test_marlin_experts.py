@@ -7,11 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quantplug.errors import LoadError
+from quantplug.expertweights import ExpertWeights
 from quantplug.kernel import Accepted, Cast, Rejected
 from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, PerGroup, WeightSpec
+from quantplug.weight import Weight
+from quantplug_marlin.device import Target
 from quantplug_marlin.experts import MarlinExperts
+from quantplug_marlin.form import decode
 from quantplug_marlin.kernel import MarlinKernel
 from quantplug_marlin.mixture import most_blocks, rows_per_block
 from quantplug_testkit.canonical import weight_tensors
@@ -98,7 +103,15 @@ def test_the_way_back_gives_every_bit_again(hazard):
     [(1, 8, 8), (8, 128, 8), (128, 128, 8), (2048, 128, 16), (32768, 128, 64), (64, 2, 32)],
 )
 def test_blocks_have_as_many_rows_as_an_expert_has_on_average(choices, experts, rows):
-    assert rows_per_block(choices, experts) == rows
+    assert rows_per_block(choices, experts, Target((8, 0), 108, 163 << 10)) == rows
+
+
+@pytest.mark.parametrize(
+    ("choices", "experts", "rows"),
+    [(128, 128, 8), (2048, 128, 32), (512, 8, 96), (8192, 8, 128), (1024, 64, 32), (256, 8, 48)],
+)
+def test_with_warpgroups_nearly_every_expert_has_one_block(choices, experts, rows):
+    assert rows_per_block(choices, experts, Target((9, 0), 132, 227 << 10)) == rows
 
 
 @pytest.mark.parametrize("rows", [8, 16, 64])
@@ -106,3 +119,24 @@ def test_blocks_suffice_however_choices_fall(rows):
     for counts in ([1] * 20, [rows + 1] * 5, [0, 0, 7 * rows], [1, rows, rows + 1, 0], [3]):
         needed = sum(-(-count // rows) for count in counts)
         assert needed <= most_blocks(sum(counts), len(counts), rows)
+
+
+def test_scales_multiply_codes_only_where_those_of_all_experts_can():
+    spec = WeightSpec(ElementType.FLOAT8_E4M3FN, PerGroup(32), "float8_e8m0fnu")
+    problem = replace(PROBLEM, experts=2, w13=(spec, spec), w2=spec)
+
+    def expert(exponent: int) -> ExpertWeights:
+        def weight(rows: int, inputs: int) -> Weight:
+            scales = torch.full((rows, inputs // 32), 2.0**exponent).to(torch.float8_e8m0fnu)
+            return Weight(torch.zeros(rows, inputs, dtype=torch.float8_e4m3fn), scales, spec)
+
+        return ExpertWeights((weight(64, 128), weight(64, 128)), weight(128, 64))
+
+    exact = KERNEL.prepare(problem, [expert(-7), expert(-6)], CPU)
+    mixed = KERNEL.prepare(problem, [expert(-7), expert(40)], CPU)
+    for name, scale in (("w13.form", "bfloat16"), ("w2.form", "bfloat16")):
+        assert decode(exact.meta[name], half=False, scale=scale).exact
+        assert not decode(mixed.meta[name], half=False, scale=scale).exact
+    with pytest.raises(LoadError, match="QP-LOAD-PREPARE"):
+        KERNEL.prepare(problem, [expert(-7), expert(40)], CPU, exact)
+    assert KERNEL.prepare(problem, [expert(-7), expert(-8)], CPU, exact) is exact

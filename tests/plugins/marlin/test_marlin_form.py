@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from quantplug.spec import ElementType
-from quantplug_marlin.form import Form
+from quantplug.errors import LoadError
+from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
+from quantplug.weight import Weight
+from quantplug_marlin.form import Form, common, decode, encode, exact_exponents
+from quantplug_marlin.prepare import prepare
 from quantplug_testkit.oracles import floats
+from quantplug_testkit.oracles.rounding import round_to
 
 FLOATING = [element for element in ElementType if element.floating]
+DTYPES = ("bfloat16", "float16")
 
 
 def number(bits: np.ndarray, half: bool) -> np.ndarray:
@@ -53,3 +59,58 @@ def test_a_bfloat16_takes_eight_bits_in_two_parts():
     octets = np.arange(256)
     found = number(0x4300 | (octets & 0x7F), half=False) - number(0x4300 | (octets & 0x80), half=False)
     assert np.array_equal(found, np.where(octets < 128, octets, octets - 256))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("element", FLOATING)
+def test_codes_times_scales_of_permitted_exponents_are_exact(element: ElementType, half: bool):
+    """What consume.cuh makes of every code; soon beyond the largest exponent it would not be."""
+    told = Form(element, half, "bfloat16", 2, 1, exact=True).definitions()
+    codes = floats.values(element)
+    codes = codes[np.isfinite(codes)]
+    lowest, highest = exact_exponents(element, half=half)
+
+    def is_exact(exponent: int) -> bool:
+        scale, operands = np.float64([2.0 ** (exponent + told["FOLD"])]), codes * 2.0 ** (exponent - told["UNFOLD"])
+        with np.errstate(over="ignore"):
+            return all(np.array_equal(round_to(given, DTYPES[half]), given) for given in (scale, operands))
+
+    assert lowest < highest
+    assert all(is_exact(exponent) for exponent in range(lowest, highest + 1))
+    assert not is_exact(highest + 2)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["bfloat16", "float16"])
+def test_fp4_times_scales_in_fp8_is_exact(half: bool):
+    told = Form(ElementType.FLOAT4_E2M1FN, half, "float16", 4, 1, exact=True).definitions()
+    scales = floats.values(ElementType.FLOAT8_E4M3FN)
+    scales = scales[np.isfinite(scales)]
+    operands = np.outer(floats.values(ElementType.FLOAT4_E2M1FN), scales) * 2.0 ** -told["UNFOLD"]
+    for given in (scales * 2.0 ** told["FOLD"], operands):
+        assert np.array_equal(round_to(given, DTYPES[half]), given)
+
+
+def test_a_number_says_whether_scales_multiply_codes():
+    plain = Form(ElementType.FLOAT8_E4M3FN, half=False, scale="bfloat16", parts=2, per_group=1)
+    exact = plain._replace(exact=True)
+    for form in (plain, exact):
+        assert decode(encode(form), half=False, scale="bfloat16") == form
+    assert common(encode(exact), encode(exact)) == encode(exact)
+    assert common(encode(exact), encode(plain)) == common(encode(plain), encode(exact)) == encode(plain)
+
+
+def test_scales_that_break_an_exact_layout_cannot_take_its_place():
+    spec = WeightSpec(ElementType.FLOAT8_E4M3FN, PerGroup(32), "float8_e8m0fnu")
+    problem = LinearProblem(64, (SegmentSpec(16, spec),), "bfloat16")
+    weights = [
+        Weight(
+            torch.zeros(16, 64, dtype=torch.float8_e4m3fn),
+            torch.full((16, 2), 2.0**exponent).to(torch.float8_e8m0fnu),
+            spec,
+        )
+        for exponent in (-7, 40)
+    ]
+    held, other = (prepare(problem, [weight], torch.device("cpu"), "marlin.tiles", None) for weight in weights)
+    assert prepare(problem, weights[:1], torch.device("cpu"), "marlin.tiles", other) is other
+    with pytest.raises(LoadError, match="QP-LOAD-PREPARE"):
+        prepare(problem, weights[1:], torch.device("cpu"), "marlin.tiles", held)

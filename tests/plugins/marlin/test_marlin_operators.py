@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from quantplug_marlin import launch, mixture
+from quantplug_marlin import launch, mixture, side
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -43,12 +43,14 @@ def fields_of(file: str, *, experts: bool) -> str:
     ("file", "packed", "experts"),
     [
         ("multiply.cu", launch._MULTIPLY, False),
-        ("multiply.cu", mixture._MULTIPLY, True),
+        ("multiply.cu", side.MULTIPLY, True),
         ("warpgroup.cu", launch._MULTIPLY_BOXES, False),
+        ("warpgroup.cu", side.MULTIPLY_BOXES, True),
         ("gather.cu", launch._GATHER, False),
         ("shares.cu", launch._SHARES, False),
         ("dense.cu", launch._DENSE, False),
         ("route.cu", mixture._ROUTE, False),
+        ("rows.cu", mixture._ROWS, False),
         ("combine.cu", mixture._COMBINE, False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -10,10 +10,9 @@ import torch
 
 from quantplug_marlin.choice import every_choice
 from quantplug_marlin.device import build_all, target_of
-from quantplug_marlin.form import Form, form_of
-from quantplug_marlin.launch import dense_definitions, linear_for
+from quantplug_marlin.form import Form, decode
+from quantplug_marlin.launch import dense_definitions, linear_for, name_of
 from quantplug_marlin.launch import dequantize as dequantize_part
-from quantplug_marlin.slots import Slots
 from quantplug_marlin.unpack import canonical
 
 if TYPE_CHECKING:
@@ -24,9 +23,8 @@ _NAMES = ("codes", "scales", "zeros", "factor", "columns")
 
 def form_of_part(prepared: Prepared, number: int) -> Form:
     """Return the stored form of a part."""
-    problem, meta = prepared.problem, prepared.meta
-    slots = Slots(meta[f"width.{number}"], meta[f"groups.{number}"], problem.in_features)
-    return form_of(problem.segments[0].weight, problem.dtype, slots)
+    half, scales = prepared.problem.dtype == "float16", prepared.tensors.get(f"scales.{number}")
+    return decode(prepared.meta[f"form.{number}"], half=half, scale=name_of(scales))
 
 
 def build(prepared: Prepared) -> None:

@@ -4,12 +4,12 @@ Which cut suits a product. The rules come from sweeps on one H100: see the READM
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quantplug_marlin.cut import Cut, GroupCut
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from quantplug_marlin.device import Target
     from quantplug_marlin.form import Form
@@ -18,8 +18,28 @@ _MOST_TILES = 7
 """Of 16 outputs per warp: what registers hold."""
 _LONG = 128
 """Chunks of 64 inputs from which on a block has enough to do with a share of them."""
-_TALL = 0.94
-"""How long 256 outputs take in one block, as a part of what twice 128 take: x is read half as often."""
+_SHORT_ROWS = 8192
+"""Rows up to which every cut may suit; beyond, those whose blocks take one piece after the other."""
+
+
+class _Speed(NamedTuple):
+    """
+    How long a block of warpgroups takes for 64 inputs, in microseconds: a part per row of x and one per chunk.
+
+    Attributes:
+        alone: of one warpgroup.
+        both: of two.
+    """
+
+    alone: tuple[float, float]
+    both: tuple[float, float]
+
+
+_SCALED = _Speed((0.0008, 0.121), (0.0022, 0.095))
+_PLAIN = _Speed((0.0006, 0.150), (0.0022, 0.110))
+"""Measured on one H100: where sums of groups are scaled, and where products are just added up."""
+_PIECE_US, _SHARED_US = 1.5, 4.0
+"""What a piece of y costs besides, and what it does where two blocks share it."""
 
 
 def choose(form: Form, tiles: int, chunks: int, rows: int, target: Target) -> Cut | GroupCut:
@@ -29,16 +49,18 @@ def choose(form: Form, tiles: int, chunks: int, rows: int, target: Target) -> Cu
     if rows <= 32 and target.clusters:
         return _first_that_fits(_some_rows(tiles, chunks, target), form, target)
     if target.warpgroups:
-        return _warpgroups(form, tiles, chunks, 64 if rows <= 64 else 128, rows, target)
+        return min(
+            _warpgroups(form, chunks, rows, target), key=lambda cut: _time(cut, form, tiles, chunks, rows, target)
+        )
     return _many_rows(form, tiles, chunks, 32 if rows <= 32 else 64, rows, target)
 
 
 def every_choice(form: Form, tiles: int, chunks: int, target: Target) -> set[Cut | GroupCut]:
     """Return all cuts that `choose` may name for a weight, whatever the number of rows."""
-    rows = (1, 16, 32, 64, *range(128, 64 * 128 + 1, 128))
+    rows = (1, 16, 32, *range(64, _SHORT_ROWS + 1, 64))
     found = {choose(form, tiles, chunks, number, target) for number in rows}
     if target.warpgroups:
-        found |= {_group_cut(form, bands, 128, chunks, 1, target) for bands in (1, 2)}
+        found |= set(_warpgroups(form, chunks, _SHORT_ROWS + 1, target))
     return found
 
 
@@ -86,25 +108,39 @@ def _some_rows(tiles: int, chunks: int, target: Target) -> Iterable[Cut]:
     yield Cut(1, 32, 2, min(2, chunks), 2)
 
 
-def _warpgroups(form: Form, tiles: int, chunks: int, tokens: int, rows: int, target: Target) -> GroupCut:
-    """Return a cut for wgmma: all blocks at once, in clusters of two or four that share chunks where there are few."""
-    bands, processors = -(-tiles // 4) * -(-rows // tokens), target.processors
-    if 2 * bands <= processors:
-        shares = 4 if 4 * bands <= processors and chunks >= 16 else 2 if chunks >= 8 else 1
-        return _group_cut(form, 1, tokens, chunks, shares, target, groups=1)
-    if bands <= processors and chunks >= 8:
-        return _group_cut(form, 1, tokens, chunks, 2, target)
-    waves = [-(-bands // (2 * height * processors)) * height for height in (1, 2)]
-    return _group_cut(form, 1 if waves[0] < _TALL * waves[1] else 2, tokens, chunks, 1, target)
+def _warpgroups(form: Form, chunks: int, rows: int, target: Target) -> Iterator[GroupCut]:
+    """Yield the cuts for wgmma that may suit so many rows."""
+    for tokens in (64, 128, 256) if _adds_up(form) else (64, 128):
+        yield group_cut(form, 2, tokens, chunks, 1, target)
+        if rows <= _SHORT_ROWS and tokens <= 128:
+            yield group_cut(form, 1, tokens, chunks, 1, target)
+            if chunks >= 8:
+                yield from (group_cut(form, groups, tokens, chunks, 2, target) for groups in (1, 2))
 
 
-def _group_cut(
-    form: Form, bands: int, tokens: int, chunks: int, shares: int, target: Target, groups: int = 2
-) -> GroupCut:
-    """Return a cut with as many stages as help: four, or three of long ones."""
-    depth = 4 if tokens <= 64 or groups * bands == 1 else 3
-    cut = GroupCut(groups, bands, tokens, 2 if chunks % 2 == 0 else 1, depth, shares)
-    while cut.depth > 2 and cut.shared_bytes(form) + 1024 > target.shared_bytes:
+def _adds_up(form: Form) -> bool:
+    """Whether products are just added up, and no sums of groups are scaled."""
+    return form.exact or not form.parts
+
+
+def _time(cut: GroupCut, form: Form, tiles: int, chunks: int, rows: int, target: Target) -> float:
+    """Return about how many microseconds a product takes."""
+    speed = _PLAIN if _adds_up(form) else _SCALED
+    row, chunk = speed.alone if cut.groups == 1 else speed.both
+    pieces = -(-tiles // (4 * cut.groups)) * -(-rows // cut.tokens) * cut.shares
+    each = chunks / cut.shares * (row * cut.tokens + chunk) + (_PIECE_US if cut.shares == 1 else _SHARED_US)
+    return -(-pieces // target.processors) * each
+
+
+def group_cut(form: Form, groups: int, tokens: int, chunks: int, shares: int, target: Target) -> GroupCut:
+    """Return a cut for wgmma with as many stages as help and find room."""
+    # Two chunks of 64 inputs are in registers at a time: of one stage, or of two where those of 256 rows are large.
+    wide = 2 if chunks % 2 == 0 and tokens <= 128 else 1
+    pair = chunks // wide % (2 * shares) == 0
+    stages = 2 if pair and (wide == 1 or not _adds_up(form)) else 1
+    most = target.processors if shares == 1 else 1 << 30
+    cut = GroupCut(groups, tokens, wide, stages, 6 if wide == 1 else 5, shares, most)
+    while cut.depth > 2 and cut.shared_bytes(form) + cut.fixed_bytes > target.shared_bytes:
         cut = cut._replace(depth=cut.depth - 1)
     return cut
 
@@ -118,8 +154,10 @@ def _many_rows(form: Form, tiles: int, chunks: int, tokens: int, rows: int, targ
     return cut._replace(splits=splits)
 
 
-def choose_experts(form: Form, tiles: int, chunks: int, rows: int, blocks: int, target: Target) -> Cut:
-    """Return a cut for blocks of 8, 16, 32 or 64 rows of one expert each, whose weight has so many tiles and chunks."""
+def choose_experts(form: Form, tiles: int, chunks: int, rows: int, blocks: int, target: Target) -> Cut | GroupCut:
+    """Return a cut for blocks of so many rows of one expert each, whose weight has so many tiles and chunks."""
+    if target.warpgroups and rows >= 32:
+        return group_cut(form, 2, rows, chunks, 1, target)
     wide = 4 if rows <= 16 and form.bits == 4 and tiles * blocks >= 16 * target.processors else 2
     across = 1 if rows <= 16 else 2 if rows <= 32 else 4
     warps = min(chunks, 8 if rows <= 16 and chunks >= 16 else 4 if rows <= 32 else 2)

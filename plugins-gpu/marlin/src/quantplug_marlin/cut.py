@@ -39,11 +39,6 @@ class Cut(NamedTuple):
         """The source."""
         return "multiply.cu"
 
-    @property
-    def boxes(self) -> bool:
-        """Whether x is read through a tensor map."""
-        return False
-
     def definitions(self) -> dict[str, int]:
         """Return what the source is told of it."""
         return {
@@ -81,30 +76,27 @@ class GroupCut(NamedTuple):
     What `cuda/warpgroup.cu` is compiled for, beside the form of its weight; it says what each means.
 
     Attributes:
-        groups: warpgroups that multiply.
-        bands: of 64 outputs per warpgroup.
-        tokens: rows of x per block.
+        groups: warpgroups that multiply, of 64 outputs each.
+        tokens: rows of x per piece of y.
         chunks: of 64 inputs per stage.
-        depth: stages under way.
-        shares: blocks of a cluster that share the stages.
+        stages: per turn of the loop.
+        depth: stages of memory.
+        shares: blocks of a cluster that share the stages of a piece.
+        most: blocks at a time, each of which takes one piece after the other; not part of what is compiled.
     """
 
     groups: int
-    bands: int
     tokens: int
     chunks: int
+    stages: int
     depth: int
     shares: int = 1
+    most: int = 1 << 30
 
     @property
     def file(self) -> str:
         """The source."""
         return "warpgroup.cu"
-
-    @property
-    def boxes(self) -> bool:
-        """Whether x is read through a tensor map."""
-        return True
 
     @property
     def splits(self) -> int:
@@ -120,26 +112,35 @@ class GroupCut(NamedTuple):
         """Return what the source is told of it."""
         return {
             "GROUPS": self.groups,
-            "BANDS": self.bands,
             "TOKENS": self.tokens,
             "CHUNKS": self.chunks,
+            "STAGES": self.stages,
             "DEPTH": self.depth,
             "SHARES": self.shares,
         }
 
-    def shared_bytes(self, form: Form) -> int:
-        """Return the shared memory of one block, beside its barriers."""
+    def boxes(self, form: Form) -> tuple[int, int, int]:
+        """Return the bytes of codes, scales and zero points that a tile of 16 outputs has in a stage."""
         parts = self.chunks * form.parts
         aligned = not parts or parts % form.per_group == 0 or form.per_group % parts == 0
         groups = (parts - 1) // form.per_group + (1 if aligned else 2) if parts else 0
         scale = {"": 0, "float32": 4}.get(form.scale, 2)
-        tiles = 4 * self.groups * self.bands
-        stage = self.chunks * self.tokens * 128 + tiles * (
-            self.chunks * 128 * form.bits + groups * 16 * (scale + form.zeros)
-        )
-        sums = tiles * self.tokens * 64 if self.shares > 1 else 0
+        return self.chunks * 128 * form.bits, groups * 16 * scale, groups * 16 * form.zeros
+
+    def shared_bytes(self, form: Form) -> int:
+        """Return the shared memory of one block that a launch asks for."""
+        codes, *others = self.boxes(form)
+        beside = sum(-(-4 * size // 128) * 128 for size in others)
+        stage = self.chunks * self.tokens * 128 + self.groups * (4 * codes + beside)
+        sums = 256 * self.groups * self.tokens if self.shares > 1 else 0
         return max(self.depth * (-(-stage // 1024) * 1024), sums)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """The shared memory that it has besides: barriers, and where numbers of y are turned round."""
+        return 16 * self.depth + 4096 * self.groups
 
     def grid(self, tiles: int, rows: int) -> tuple[int, int, int]:
         """Return the blocks in x, y and z for so many tiles of 16 outputs and rows of x."""
-        return -(-tiles // (4 * self.groups * self.bands)) * self.shares, -(-rows // self.tokens), 1
+        pieces = -(-tiles // (4 * self.groups)) * -(-rows // self.tokens)
+        return min(pieces, self.most) * self.shares, 1, 1

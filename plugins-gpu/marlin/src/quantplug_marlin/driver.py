@@ -15,6 +15,12 @@ _MOST_SHARED_MEMORY = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 _BOX_COLUMNS = 64
 """128 bytes, the widest that pieces of 16 bytes change places in."""
+_BOX_TILES = 4
+"""Tiles of a weight that `cuda/warpgroup.cu` has copied together."""
+_UINT64, _FLOAT16, _BFLOAT16 = 4, 6, 9
+"""CU_TENSOR_MAP_DATA_TYPE."""
+_PLACES_AS_THEY_ARE, _PLACES_CHANGED = 0, 3
+"""CU_TENSOR_MAP_SWIZZLE_NONE, _128B."""
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _OVERLAP = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
@@ -141,19 +147,48 @@ def matrix_map(address: int, rows: int, columns: int, stride: int, box_rows: int
         box_rows: at most 256.
         half: whether the numbers are float16; else they are bfloat16.
     """
+    kind, sizes = _FLOAT16 if half else _BFLOAT16, (columns, rows)
+    return _map(address, kind, sizes, stride, (_BOX_COLUMNS, box_rows), _PLACES_CHANGED)
+
+
+@lru_cache(maxsize=4096)
+def weight_maps(
+    codes: int, scales: int, zeros: int, tiles: int, held: tuple[int, int, int], boxes: tuple[int, int, int]
+) -> bytes:
+    """
+    Return the tensor maps of a weight's codes, scales and zero points, for boxes of four tiles.
+
+    Args:
+        codes: address of the codes of the first tile, a multiple of 16.
+        scales: the same of its scales.
+        zeros: the same of its zero points.
+        tiles: their number.
+        held: bytes of each of the three that a tile has, one tile after the other; multiples of 16.
+        boxes: those of them in a box, multiples of 16 up to 2048; 0 for no map, but as many zeros.
+    """
+    maps = [
+        _map(address, _UINT64, (size // 8, tiles), size, (box // 8, _BOX_TILES), _PLACES_AS_THEY_ARE)
+        if box
+        else bytes(_MAP_BYTES)
+        for address, size, box in zip((codes, scales, zeros), held, boxes, strict=True)
+    ]
+    return b"".join(maps)
+
+
+def _map(address: int, kind: int, sizes: tuple[int, int], stride: int, box: tuple[int, int], places: int) -> bytes:
     memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     place = -ctypes.addressof(memory) % _MAP_ALIGNMENT
     error = _library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(memory) + place),
-        ctypes.c_int(6 if half else 9),  # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _BFLOAT16
+        ctypes.c_int(kind),
         ctypes.c_uint(2),
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 2)(*sizes),
         (ctypes.c_uint64 * 1)(stride),
-        (ctypes.c_uint32 * 2)(_BOX_COLUMNS, box_rows),
+        (ctypes.c_uint32 * 2)(*box),
         (ctypes.c_uint32 * 2)(1, 1),
         ctypes.c_int(0),  # CU_TENSOR_MAP_INTERLEAVE_NONE
-        ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
+        ctypes.c_int(places),
         ctypes.c_int(2),  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
         ctypes.c_int(0),  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE: zeros
     )

@@ -26,8 +26,8 @@ MOST_EXPERTS = 2048
 """What `cuda/route.cu` has memory for."""
 
 _CALL_US = 15.0
-_SLOWER = 4.0
-"""How much longer a row takes than in a linear layer: four warps do not multiply together here."""
+_SLOWER = 1.5
+"""How much longer a row takes than in a linear layer: blocks of rows of one expert are filled up."""
 
 
 def projections(problem: MoEProblem) -> Iterator[LinearProblem]:
@@ -55,10 +55,11 @@ def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     if len(set(problem.w13)) > 1:
         kinds = " and ".join(spec.describe() for spec in problem.w13)
         return Rejected("segments", f"gate and up differ: {kinds}", "one contract for both")
-    fixed = sum(answer.cost.fixed_us - CALL_US for answer in answers)
-    row = _SLOWER * sum(answer.cost.row_us for answer in answers)
+    one = sum(answer.cost.fixed_us - CALL_US for answer in answers)
+    row = _SLOWER * problem.top_k * sum(answer.cost.row_us for answer in answers)
     return Accepted(
-        Cost(_CALL_US + problem.top_k * fixed, problem.top_k * row),
+        # Few rows take an expert each; of many, every expert has its share, and its weights are read once.
+        Cost(_CALL_US, problem.top_k * one + row, Cost(_CALL_US + problem.experts * one, row)),
         casts=(Cast("expert", problem.dtype),),
         extra_bytes=problem.experts * sum(answer.extra_bytes for answer in answers),
         notes=tuple(dict.fromkeys(note for answer in answers for note in answer.notes)),

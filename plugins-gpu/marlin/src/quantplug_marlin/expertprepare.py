@@ -16,7 +16,8 @@ import torch
 from quantplug.expertweights import ExpertWeights, PreparedExperts
 from quantplug.weight import Prepared
 from quantplug_marlin.expertfit import plain, projections
-from quantplug_marlin.prepare import prepare
+from quantplug_marlin.form import common
+from quantplug_marlin.prepare import keep_promise, prepare
 from quantplug_marlin.unpack import canonical
 
 if TYPE_CHECKING:
@@ -45,11 +46,15 @@ def prepare_experts(
             for projection, weight in zip(projections(problem), (*expert.w13, expert.w2), strict=True)
         ]
         for name, parts in (("w13", made[:-1]), ("w2", made[-1:])):
+            for form in (part.meta["form.0"] for part in parts):
+                if out is not None:
+                    keep_promise(out.meta[f"{name}.form"], form)
+                meta[f"{name}.form"] = common(meta.get(f"{name}.form", form), form)
             for kind in _NAMES:
                 found = [part.tensors[f"{kind}.0"] for part in parts if f"{kind}.0" in part.tensors]
                 if found:
                     _put(tensors, f"{name}.{kind}", torch.cat(found), number, problem.experts)
-            meta |= {f"{name}.{fact}": parts[0].meta[f"{fact}.0"] for fact in ("width", "groups", "form")}
+            meta |= {f"{name}.{fact}": parts[0].meta[f"{fact}.0"] for fact in ("width", "groups")}
         meta["rounded"] |= max(part.meta["rounded"] for part in made)
         if expert.b2 is not None:
             _put(tensors, "b13", torch.cat(expert.b13).to(device, dtype), number, problem.experts)

@@ -11,17 +11,18 @@ import torch
 from torch.compiler import is_compiling
 
 from quantplug_marlin.choice import choose
+from quantplug_marlin.cut import GroupCut
 from quantplug_marlin.device import function, target_of
-from quantplug_marlin.driver import Launch, matrix_map
+from quantplug_marlin.driver import Launch, matrix_map, weight_maps
 from quantplug_marlin.form import Form, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from quantplug_marlin.cut import Cut, GroupCut
+    from quantplug_marlin.cut import Cut
 
 _MULTIPLY = Struct("8Pq6i")
-_MULTIPLY_BOXES = Struct("6P5i60x")  # behind the tensor map, as long as that
+_MULTIPLY_BOXES = Struct("4P4i16x")  # behind four tensor maps, half as long as one
 _GATHER = Struct("3P2q3i4x")
 _SHARES = Struct("4P3i4x")
 _DENSE = Struct("6P5i4x")
@@ -46,6 +47,7 @@ class Way(NamedTuple):
     Attributes:
         multiply: the launch.
         box_rows: rows of x that are read at once through a tensor map; 0 where there is none.
+        boxes: bytes of codes, scales and zero points of a tile that are, too.
         splits: blocks that share the chunks.
         add: the launch that adds their sums.
         outputs: N.
@@ -55,6 +57,7 @@ class Way(NamedTuple):
 
     multiply: Launch
     box_rows: int
+    boxes: tuple[int, int, int]
     splits: int
     add: Launch | None
     outputs: int
@@ -62,6 +65,7 @@ class Way(NamedTuple):
     chunks: int
 
 
+_NO_BOXES = (0, 0, 0)
 _ways: dict[tuple[object, ...], Way] = {}
 
 
@@ -87,12 +91,14 @@ def way(
     shared = cut.shared_bytes(form)
     found = function(cut.file, "multiply", {**form.definitions(), **cut.definitions()}, shared, device)
     launch = Launch(found, cut.grid(tiles, rows), cut.threads, shared, stream, overlap=target.clusters)
+    if isinstance(cut, GroupCut):
+        return Way(launch, cut.tokens, cut.boxes(form), 1, None, outputs, tiles, chunks)
     if cut.splits == 1:
-        return Way(launch, cut.tokens if cut.boxes else 0, 1, None, outputs, tiles, chunks)
+        return Way(launch, 0, _NO_BOXES, 1, None, outputs, tiles, chunks)
     adding = function("shares.cu", "add_shares", form.definitions(), 0, device)
     grid = (-(-outputs // _THREADS), min(rows, _MOST_GRID_Y), 1)
     adder = Launch(adding, grid, _THREADS, 0, stream, overlap=False)
-    return Way(launch, 0, cut.splits, adder, outputs, tiles, chunks)
+    return Way(launch, 0, _NO_BOXES, cut.splits, adder, outputs, tiles, chunks)
 
 
 def linear_now(
@@ -127,7 +133,7 @@ def run(
     factor: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch a product whose x the kernel can read as it is; see `prepare.py` for the other tensors."""
-    multiply, box_rows, splits, add, outputs, tiles, chunks = chosen
+    multiply, box_rows, boxes, splits, add, outputs, tiles, chunks = chosen
     rows, inputs = x.shape
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
@@ -136,10 +142,10 @@ def run(
     at_zeros = 0 if zeros is None else zeros.data_ptr()
     at_scales, groups = (0, 1) if scales is None else (scales.data_ptr(), scales.shape[1])
     if box_rows:
-        packed = matrix_map(at_x, rows, inputs, stride, box_rows, half=x.dtype == torch.float16) + _MULTIPLY_BOXES.pack(
-            codes.data_ptr(), at_scales, at_zeros, at_factor, at_bias, at_y, rows, outputs, tiles, chunks, groups
-        )
-        multiply(packed)
+        x_map = matrix_map(at_x, rows, inputs, stride, box_rows, half=x.dtype == torch.float16)
+        held = chunks * codes.shape[2], groups * (0 if scales is None else 16 * scales.itemsize), groups * 16
+        maps = weight_maps(codes.data_ptr(), at_scales, at_zeros, tiles, held, boxes)
+        multiply(x_map + maps + _MULTIPLY_BOXES.pack(at_zeros, at_factor, at_bias, at_y, rows, outputs, tiles, chunks))
         return
     at_shares = 0
     if add is not None:

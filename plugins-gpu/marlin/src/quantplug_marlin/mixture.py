@@ -4,76 +4,45 @@ The operator of torch that runs a mixture of experts, and what it launches.
 
 from __future__ import annotations
 
+from math import isqrt
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from quantplug_marlin.choice import choose_experts
 from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch
 from quantplug_marlin.expertfit import FUNCTIONS
-from quantplug_marlin.form import Form, decode
+from quantplug_marlin.form import decode
 from quantplug_marlin.launch import at, gather, is_readable, name_of, register, stream_of
+from quantplug_marlin.side import Held, Places, Side
 
 if TYPE_CHECKING:
     from quantplug.expertweights import PreparedExperts
-    from quantplug_marlin.cut import Cut
     from quantplug_marlin.device import Target
 
-_MULTIPLY = Struct("8Pq8i3P3f4x")
-_ROUTE = Struct("5P6i")
+_ROUTE = Struct("6P6i")
+_ROWS = Struct("4Pq3i4x")
 _COMBINE = Struct("4P3i4x")
 _THREADS, _ROUTE_THREADS = 256, 1024
 _MOST_GRID_Y = 65535
-_ROWS_PER_BLOCK = (8, 16, 32, 64)
+_FEW, _MANY = (8, 16, 32, 64), (8, 16, 32, 48, 64, 96, 128)
+"""Rows of one expert that are multiplied together: without and with wgmma, which takes from 32 on."""
+_WARPGROUPS_FROM = 32
 
 
-class Side(NamedTuple):
+def rows_per_block(choices: int, experts: int, target: Target) -> int:
     """
-    One of the two products.
+    Return how many rows of one expert are multiplied together.
 
-    Attributes:
-        form: of its weights.
-        number: 1 or 2.
-        tiles: of 16 outputs per expert, of gate and up together.
-        chunks: of 64 inputs.
-        gated: whether it is the first and there is a gate.
-        function: number of f.
-        limited: whether f has a limit.
+    Those that an expert has on average, or more; for wgmma, where rows cost less, as many as nearly every expert has at
+    most where a router chooses at random, so that its weights are read once.
     """
-
-    form: Form
-    number: int
-    tiles: int
-    chunks: int
-    gated: bool
-    function: int
-    limited: bool
-
-    def definitions(self, cut: Cut) -> dict[str, int]:
-        """Return what `cuda/multiply.cu` is told."""
-        own = {
-            "EXPERTS": self.number,
-            "GATED": int(self.gated),
-            "FUNCTION": self.function,
-            "LIMITED": int(self.limited),
-        }
-        return {**self.form.definitions(), **cut.definitions(), **own}
-
-    def cut(self, rows: int, blocks: int, target: Target) -> Cut:
-        """Return how it is cut for blocks of so many rows."""
-        return choose_experts(self.form, self.tiles, self.chunks, rows, blocks, target)
-
-    def grid(self, cut: Cut, blocks: int) -> tuple[int, int, int]:
-        """Return the blocks in x, y and z."""
-        return -(-self.tiles // (cut.tiles * cut.warps_n)), blocks, 1
-
-
-def rows_per_block(choices: int, experts: int) -> int:
-    """Return how many rows of one expert are multiplied together: those that an expert has on average, or more."""
     average = -(-choices // experts)
-    return next((rows for rows in _ROWS_PER_BLOCK if average <= rows), _ROWS_PER_BLOCK[-1])
+    if target.warpgroups and average > 8:
+        average += 2 * isqrt(average)
+        return next((rows for rows in _MANY if average <= rows), _MANY[-1])
+    return next((rows for rows in _FEW if average <= rows), _FEW[-1])
 
 
 def most_blocks(choices: int, experts: int, rows: int) -> int:
@@ -104,12 +73,13 @@ def build(prepared: PreparedExperts) -> None:
     device = prepared.tensors["w2.codes"].get_device()
     target, wanted = target_of(device), {}
     for side in _sides(prepared):
-        for rows in _ROWS_PER_BLOCK:
+        for rows in _MANY if target.warpgroups else _FEW:
             for blocks in (1, 16, 1 << 20):
                 cut = side.cut(rows, blocks, target)
-                wanted["multiply.cu", tuple(side.definitions(cut).items())] = ("multiply", cut.shared_bytes(side.form))
+                wanted[cut.file, tuple(side.definitions(cut).items())] = ("multiply", cut.shared_bytes(side.form))
         wanted["combine.cu", tuple(side.form.definitions().items())] = ("combine", 0)
     wanted["route.cu", ()] = ("route", 0)
+    wanted["rows.cu", tuple(_sides(prepared)[0].form.definitions().items())] = ("order_rows", 0)
     wanted["gather.cu", ()] = ("gather", 0)
     build_all(wanted, device)
 
@@ -164,16 +134,19 @@ def _experts(
     local_numbers = None if expert_map is None else expert_map.to(torch.int32).contiguous()
 
     choices = rows * top_k
-    size = rows_per_block(choices, count)
+    size = rows_per_block(choices, count, target)
     blocks = most_blocks(choices, count, size)
-    places = topk_ids.new_empty(blocks * size + blocks + choices, dtype=torch.int32)
-    order, owners, local = places.data_ptr(), places.data_ptr() + 4 * blocks * size, 0
+    numbered = topk_ids.new_empty(blocks * size + blocks + choices + 1, dtype=torch.int32)
+    order = numbered.data_ptr()
+    owners = order + 4 * blocks * size
     local = owners + 4 * blocks
+    used = local + 4 * choices
+    places = Places(order, owners, used, blocks, size)
     route = Launch(function("route.cu", "route", {}, 0, device), (1, 1, 1), _ROUTE_THREADS, 0, stream, overlap=False)
     global_count = 0 if local_numbers is None else local_numbers.shape[0]
     route(
         _ROUTE.pack(
-            ids.data_ptr(), at(local_numbers), order, owners, local, choices, count, global_count, size, blocks,
+            ids.data_ptr(), at(local_numbers), order, owners, local, used, choices, count, global_count, size, blocks,
             int(ids.dtype == torch.int64),
         )
     )  # fmt: skip
@@ -187,22 +160,12 @@ def _experts(
     second = Side(
         decode(form2, half=half, scale=name_of(scales2)), 2, codes2.shape[1], codes2.shape[2], False, 0, False
     )
-    for side, given, made, weight, scales, features in (
-        (first, x, h, (codes13, scales13, zeros13, factor13, bias13), scales13, between),
-        (second, h, outputs, (codes2, scales2, zeros2, factor2, bias2), scales2, hidden),
-    ):
-        cut = side.cut(size, blocks, target)
-        shared = cut.shared_bytes(side.form)
-        found = function("multiply.cu", "multiply", side.definitions(cut), shared, device)
-        launch = Launch(found, side.grid(cut, blocks), cut.threads, shared, stream, overlap=target.clusters)
-        launch(
-            _MULTIPLY.pack(
-                given.data_ptr(), *(at(tensor) for tensor in weight), made.data_ptr(), 0, given.stride(0) * 2,
-                blocks * size, features, given.shape[1], side.tiles, side.chunks,
-                1 if scales is None else scales.shape[2], top_k, made.shape[1], order, owners,
-                weights.data_ptr() if on_input and side.number == 1 else 0, *numbers,
-            )
-        )  # fmt: skip
+    held13 = Held(codes13, scales13, zeros13, factor13, bias13)
+    held2 = Held(codes2, scales2, zeros2, factor2, bias2)
+    if target.warpgroups and size >= _WARPGROUPS_FROM:
+        x = _in_order(x, places, top_k, first, stream)
+    first.launch(x, held13, h, between, places, top_k, weights.data_ptr() if on_input else 0, numbers, target, stream)
+    second.launch(h, held2, outputs, hidden, places, top_k, 0, numbers, target, stream)
     found = function("combine.cu", "combine", second.form.definitions(), 0, device)
     grid = (-(-hidden // _THREADS), min(rows, _MOST_GRID_Y), 1)
     launch = Launch(found, grid, _THREADS, 0, stream, overlap=target.clusters)
@@ -211,6 +174,18 @@ def _experts(
             outputs.data_ptr(), 0 if on_input else weights.data_ptr(), local, y.data_ptr(), rows, hidden, top_k
         )
     )
+    return y
+
+
+def _in_order(x: torch.Tensor, places: Places, top_k: int, side: Side, stream: int) -> torch.Tensor:
+    """Return rows of x at their places; those of empty ones stay undefined."""
+    count, inputs = places.blocks * places.rows, x.shape[1]
+    y = x.new_empty((count, inputs))
+    found = function("rows.cu", "order_rows", side.form.definitions(), 0, x.get_device())
+    grid = (-(-inputs // (8 * _THREADS)), min(count, _MOST_GRID_Y), 1)
+    launch = Launch(found, grid, _THREADS, 0, stream, overlap=True)
+    strides = x.stride(0) * 2, inputs * 2
+    launch(_ROWS.pack(x.data_ptr(), y.data_ptr(), places.order, places.used, *strides, places.rows, top_k))
     return y
 
 

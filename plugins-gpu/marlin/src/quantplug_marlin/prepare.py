@@ -13,7 +13,7 @@ part i, of R outputs, S slots (see `slots.py`) and G groups:
 - `factor.i`: float32 `[R]`, what multiplies the whole sum of an output: its only scale, or the global one;
 - `columns.i`: int32 `[S]`, the input that each slot takes, -1 for none, where inputs move or groups are filled up.
 
-`rounded` tells whether a scale was float64.
+`rounded` tells whether a scale was float64. `form.i` is a number that `form.py` encodes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from quantplug.spec import PerBlock, PerTensor
+from quantplug.errors import LoadError
+from quantplug.spec import ElementType, PerBlock, PerTensor
 from quantplug.weight import Prepared
-from quantplug_marlin.form import HELD_SCALES, encode, form_of
+from quantplug_marlin.form import HELD_SCALES, common, encode, exact_exponents, form_of
 from quantplug_marlin.slots import CHUNK, arrange, arrange_in_order, group_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from quantplug.spec import ElementType, LinearProblem
+    from quantplug.spec import LinearProblem
     from quantplug.weight import Weight
+    from quantplug_marlin.form import Form
     from quantplug_marlin.slots import Slots
 
 TILE = 16
@@ -61,14 +63,48 @@ def prepare(
             f"rows.{number}": sum(weight.out_features for weight in part),
             f"width.{number}": order.slots.width,
             f"groups.{number}": order.slots.groups,
-            f"form.{number}": encode(form_of(part[0].spec, problem.dtype, order.slots)),
+            f"form.{number}": encode(_form(part, problem.dtype, order)),
         }
     meta["parts"] = len(parts)
     if out is None:
         return Prepared(layout_id, problem, tensors, meta)
+    for number in range(len(parts)):
+        keep_promise(out.meta[f"form.{number}"], meta[f"form.{number}"])
     for name, tensor in tensors.items():
         out.tensors[name].copy_(tensor)
     return out
+
+
+def keep_promise(held: int, new: int) -> None:
+    """
+    Raise where weights are to take the place of others whose scales multiply codes exactly, and theirs do not.
+
+    Raises:
+        LoadError: QP-LOAD-PREPARE.
+    """
+    if common(held, new) != held:
+        raise LoadError(
+            "QP-LOAD-PREPARE",
+            "a layer in the layout of marlin",
+            "scales are so large or small that codes times scales would be rounded; those that they replace were not",
+            fix="load the layer anew instead of in place",
+        )
+
+
+def _form(part: Sequence[Weight], dtype: str, order: Order) -> Form:
+    """Return the form of a part: exact where no scale is so large or small that codes times scales would be rounded."""
+    form = form_of(part[0].spec, dtype, order.slots)
+    if not form.parts or not form.element.floating:
+        return form
+    scale_dtype = part[0].spec.scale_dtype
+    if scale_dtype == "float8_e4m3fn":  # four digits, and FP4 has two
+        return form._replace(exact=form.element is ElementType.FLOAT4_E2M1FN)
+    if scale_dtype != "float8_e8m0fnu":
+        return form
+    lowest, highest = exact_exponents(form.element, half=form.half)
+    values = [weight.scales.to(torch.float32) for weight in part]
+    fits = (bool((value >= 2.0**lowest).all() and (value <= 2.0**highest).all()) for value in values)
+    return form._replace(exact=all(fits))
 
 
 def split(segments: Sequence[Weight]) -> list[list[Weight]]:

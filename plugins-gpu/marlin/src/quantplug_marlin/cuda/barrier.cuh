@@ -19,18 +19,19 @@ __device__ __forceinline__ void wait_barrier(u32 barrier, u32 phase) {
         "@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(barrier), "r"(phase) : "memory");
 }
 
-// Contiguous bytes, a multiple of 16; the barrier counts them.
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-                 : "memory");
-}
-
-// A box of a matrix that a tensor map describes, from a column and a row on.
+// A box of a matrix that a tensor map describes, from a column and a row on; the barrier counts its bytes.
 __device__ __forceinline__ void copy_box(u32 to, const void* map, int column, int row, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
                  "l"(map), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
+}
+
+// The same with a policy of L2.
+__device__ __forceinline__ void copy_box(u32 to, const void* map, int column, int row, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
 }
 
 __device__ __forceinline__ void meet_cluster() {

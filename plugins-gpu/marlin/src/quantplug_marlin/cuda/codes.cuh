@@ -49,23 +49,52 @@ __device__ __forceinline__ u32 negated_zero(u32 zero) {
 #endif
 }
 
+// Pick the bits of `mask` out of a word, and add those of `others`, of which it has none: one instruction.
+__device__ __forceinline__ u32 pick(u32 word, u32 mask, u32 others) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(others));
+    return result;
+}
+
+// One word of codes of rows g and g + 8 out of two tiles' words: rows g of both, or rows g + 8 of both (half 1).
+__device__ __forceinline__ u32 join_halves(u32 one, u32 other, int half) {
+#if BITS == 8
+    return __byte_perm(one, other, half ? 0x7351 : 0x6240);
+#else
+    return (one >> (4 * half) & 0x0F0F0F0Fu) | (other >> (4 * half) & 0x0F0F0F0Fu) << 4;
+#endif
+}
+
+#if FLOATING
+// The bits of operand i of a step: the value of its codes but for a power of two.
+__device__ __forceinline__ u32 place_code(const u32* words, int i) {
+    const u32 code = BITS == 8 ? words[i >> 1] << (i & 1 ? 0 : 8) : words[0] << (12 - 4 * i);
+    return pick(code, SIGN, (code & (BITS == 8 ? 0x7F007F00u : 0x70007000u)) >> SHIFT);
+}
+
+// Decode one step, and multiply outputs g and g + 8 with powers of two, or what else leaves the product exact.
+__device__ __forceinline__ void decode_scaled(const u32* words, u32 upper, u32 lower, u32 (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = multiply_add(place_code(words, i), i & 1 ? lower : upper, MINUS_ZERO);
+}
+#endif
+
 // Decode one step. `upper` and `lower` are the negated zeros of outputs g and g + 8 (integers only).
 __device__ __forceinline__ void decode(const u32* words, u32 upper, u32 lower, u32 (&a)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #if FLOATING
-        const u32 code = BITS == 8 ? words[i >> 1] << (i & 1 ? 0 : 8) : words[0] << (12 - 4 * i);
-        const u32 bits = (code & SIGN) | ((code & (BITS == 8 ? 0x7F007F00u : 0x70007000u)) >> SHIFT);
+        const u32 bits = place_code(words, i);
         a[i] = FACTOR_BITS ? multiply_add(bits, FACTOR_BITS * 0x00010001u, MINUS_ZERO) : bits;
 #else
         const u32 zero = i & 1 ? lower : upper;
         const u32 code = BITS == 8 ? words[i >> 1] >> (i & 1 ? 8 : 0) : words[0] >> (4 * i);
 #if BITS == 4
-        a[i] = multiply_add((code & 0x000F000Fu) | LIFT, ONE, zero);
+        a[i] = multiply_add(pick(code, 0x000F000Fu, LIFT), ONE, zero);
 #elif HALF
-        a[i] = multiply_add(((code & 0x00FF00FFu) ^ 0x00800080u) | LIFT, ONE, zero);
+        a[i] = multiply_add(pick(code ^ 0x00800080u, 0x00FF00FFu, LIFT), ONE, zero);
 #else
-        const u32 magnitude = (code & 0x007F007Fu) | LIFT, sign = (code & 0x00800080u) | LIFT;
+        const u32 magnitude = pick(code, 0x007F007Fu, LIFT), sign = pick(code, 0x00800080u, LIFT);
         a[i] = multiply_add(sign, MINUS_ONE, magnitude);
 #if ZEROS
         a[i] = multiply_add(a[i], ONE, zero);

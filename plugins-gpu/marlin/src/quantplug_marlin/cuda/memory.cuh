@@ -36,8 +36,12 @@ __device__ __forceinline__ T load_shared(u32 from) {
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(((u32*)&value)[0]), "=r"(((u32*)&value)[1]) : "r"(from));
     } else if constexpr (sizeof(T) == 4) {
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(*(u32*)&value) : "r"(from));
-    } else {
+    } else if constexpr (sizeof(T) == 2) {
         asm volatile("ld.shared.u16 %0, [%1];" : "=h"(*(u16*)&value) : "r"(from));
+    } else {
+        u32 wide;
+        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(wide) : "r"(from));
+        value = (T)wide;
     }
     return value;
 }

@@ -10,6 +10,7 @@ struct Args {
     int* order;      // [blocks * rows]
     int* experts;    // [blocks]
     int* local;      // [choices] the expert of each here, -1 for none
+    int* used;       // how many blocks have rows
     int choices, count, global_count, rows, blocks, wide;
 };
 
@@ -44,6 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(const __grid_constan
         sums[thread] += before;
         __syncthreads();
     }
+    if (thread == THREADS - 1) *args.used = sums[thread];
     const int begin = sums[thread] - first - second;
     for (int block = 0; block < first; ++block) args.experts[begin + block] = 2 * thread;
     for (int block = 0; block < second; ++block) args.experts[begin + first + block] = 2 * thread + 1;
