@@ -178,7 +178,7 @@ def _experts(
 
 
 def _in_order(x: torch.Tensor, places: Places, top_k: int, side: Side, stream: int) -> torch.Tensor:
-    """Return rows of x at their places; those of empty ones stay undefined."""
+    """Return rows of x at their places; places of blocks that are not used stay undefined."""
     count, inputs = places.blocks * places.rows, x.shape[1]
     y = x.new_empty((count, inputs))
     found = function("rows.cu", "order_rows", side.form.definitions(), 0, x.get_device())

@@ -168,8 +168,8 @@ __device__ __forceinline__ void consume(const Place& at, const u32 (&fixed)[2], 
                 if (ahead < at.end) wait_stage(at, reader);
             }
             if (PIECES == 1) wait_products<0>();  // the registers that the next chunk is decoded into are free now
-            // Behind the last stage this decodes what nobody multiplies.
-            decode_chunk(at, reader.slot, ahead, (piece + 1) % CHUNKS, fixed, a[(piece + 1) % PIECES & 1], next);
+            if (chunk < CHUNKS - 1 || ahead < at.end)
+                decode_chunk(at, reader.slot, ahead, (piece + 1) % CHUNKS, fixed, a[(piece + 1) % PIECES & 1], next);
         }
         wait_products<0>();
         release_previous(at, reader);

@@ -80,9 +80,10 @@ __device__ __forceinline__ u32 complete_pair(const Args& args, const Finish& how
 
 // The row of y for a row of the product, -1 for none.
 __device__ __forceinline__ int target_of(const Args& args, int row) {
-#if EXPERTS
-    const int choice = args.order[row];
-    return choice < 0 || EXPERTS == 2 ? choice : row;
+#if EXPERTS == 1
+    return row;
+#elif EXPERTS == 2
+    return args.order[row];
 #else
     return row < args.rows ? row : -1;
 #endif

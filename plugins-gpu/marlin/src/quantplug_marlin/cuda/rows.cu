@@ -1,4 +1,4 @@
-// Rows of x in the order of experts that route.cu makes, for what reads them through a tensor map.
+// Rows of x in the order of experts that route.cu makes, zeros at empty places, for what reads them through a tensor map.
 
 #include "codes.cuh"
 #include "memory.cuh"
@@ -19,8 +19,8 @@ extern "C" __global__ void __launch_bounds__(256) order_rows(const __grid_consta
     if (offset >= args.bytes) return;
     for (int place = blockIdx.y; place < places; place += gridDim.y) {
         const int choice = args.order[place];
-        if (choice < 0) continue;
-        const uint4 piece = *(const uint4*)(args.x + choice / args.top_k * args.x_stride + offset);
+        uint4 piece = make_uint4(0, 0, 0, 0);
+        if (choice >= 0) piece = *(const uint4*)(args.x + choice / args.top_k * args.x_stride + offset);
         *(uint4*)(args.y + (size_t)place * args.bytes + offset) = piece;
     }
 }
