@@ -57,9 +57,8 @@ class Cast:
         what: "scales"; "zeros" (`(2^(bits-1) - zero) * scale`, which is added to `(code - 2^(bits-1)) * scale`);
             "weights" (dequantized values); "partials" (the product, before the bias is added); "accumulator" (sums of
             up to 128 products of 8-bit floats, as GPUs of compute capability 8.9 and 9.0 add them up);
-            "long_accumulator" (the same, of all K products); or "splits" (parts of the sum over K, which are added up
-            in that dtype). The testkit derives its bound from these and
-            refuses others.
+            "long_accumulator" (the same, of all K products); or "splits" (parts of the sum over K of 64 inputs or more,
+            which are added up in that dtype). The testkit derives its bound from these and refuses others.
         dtype: torch name of the dtype rounded to; "float22_e8m13" for an accumulator.
     """
 

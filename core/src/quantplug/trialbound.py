@@ -28,6 +28,9 @@ _CUT_OFF = 144 * 2.0**-13
 _CUT_OFF_IN_STEP, _STEP = 18 * 2.0**-13, 16
 _SMALLEST_CODE = 2.0**-6
 
+_SHORTEST_PART = 64
+"""Inputs of the shortest part that a sum over K is cut into."""
+
 
 class Exact:
     """
@@ -117,6 +120,11 @@ def linear_error(
         least = max(float(weight.scale_values().abs().max()) for weight in weights) * _SMALLEST_CODE
         seen = torch.where(size > 0, size + _SMALLEST_CODE * float(size.max()), size)
         bound += cut_off * _product(seen, magnitude + least)
+    if "splits" in units:
+        # Each part is rounded, and so is every sum of two of them; as many small ones as there are parts.
+        cut = -(-x.shape[1] // _SHORTEST_PART)
+        bound += ((1 + units["splits"].roundoff) ** cut - 1) * (total + bound)
+        bound += 2 * cut * units["splits"].half_smallest
     if "partials" in units:
         bound += units["partials"].roundoff * (product.abs() + bound) + units["partials"].half_smallest
     return exact, bound
