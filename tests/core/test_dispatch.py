@@ -50,9 +50,9 @@ def layer(tmp_path):
     registry = build_registry({"toys": SimpleNamespace(**plugin)})
     directory = toy_checkpoint(tmp_path)
 
-    def make(policy=None):
+    def make(policy=None, path=PATH):
         made = plan(directory, platform="cpu", registry=registry, policy=policy)
-        return load_layers(made, directory, registry=registry).modules[PATH]
+        return load_layers(made, directory, registry=registry).modules[path]
 
     return make
 
@@ -80,6 +80,17 @@ def test_one_graph_serves_rows_on_both_sides_of_the_boundary(layer):
         assert torch.equal(compiled(inputs(rows)), module(inputs(rows))), rows
     assert len(graphs) == 1
     assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"].count(dispatch.run) == 1
+
+
+@pytest.mark.parametrize("policy", [None, Policy.parse({"rule": [{"pin": "toy.fast"}]}, "test")])
+def test_rows_that_are_as_many_as_a_weight_has_are_not_taken_for_its(layer, policy):
+    """A graph that was made for as many rows as a prepared tensor has serves any number of them."""
+    module = layer(policy, "model.layers.0.mlp.up_proj")
+    assert {size for buffer in module.buffers() for size in buffer.shape} >= {48}
+    compiled, graphs = counted(module)
+    for rows in (48, 5, 40):
+        assert torch.equal(compiled(inputs(rows)), module(inputs(rows))), rows
+    assert len(graphs) == 1
 
 
 def test_a_graph_for_one_number_of_rows_calls_its_kernel_and_no_operator_of_ours(layer):

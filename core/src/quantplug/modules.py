@@ -169,10 +169,10 @@ class QuantizedLinear(PreparedModule):
     def _commit(self, held: dict[str, tuple[Prepared, ...]], biases: tuple[torch.Tensor | None, ...]) -> None:
         for number, part in enumerate(part for parts in held.values() for part in parts):
             for name, tensor in part.tensors.items():
-                self.register_buffer(f"prepared_{number}_{name.replace('.', '_')}", tensor, persistent=False)
+                self._keep(f"{number}.{name}", tensor)
         for number, bias in enumerate(biases):
             if bias is not None:
-                self.register_buffer(f"prepared_{number}_bias", bias, persistent=False)
+                self._keep(f"{number}.bias", bias)
         self._held, self._part_biases = held, biases
         kernel = self._choices[0][1]
         parts = held[kernel.layout_id]

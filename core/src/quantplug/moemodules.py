@@ -195,7 +195,7 @@ class QuantizedExperts(PreparedModule):
         for number, prepared in enumerate(held.values()):
             named = prepared.named_tensors()
             for name, tensor in named.items():
-                self.register_buffer(f"prepared_{number}_{name.replace('.', '_')}", tensor, persistent=False)
+                self._keep(f"{number}.{name}", tensor)
             # Asked for as "cuda", a tensor lies on "cuda:0"; what x is compared with is where the tensors lie.
             self._device = next(iter(named.values())).device
         self._held = held

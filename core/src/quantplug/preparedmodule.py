@@ -79,6 +79,11 @@ class PreparedModule(torch.nn.Module):
             del self._parameters[name]
         self._ledger = None
 
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Hold a prepared tensor; its sizes never change, and so torch.compile need not take them for x's."""
+        torch._dynamo.mark_static(tensor)
+        self.register_buffer(f"prepared_{name.replace('.', '_')}", tensor, persistent=False)
+
     @contextmanager
     def _preparing(self, kernel: Kernel) -> Iterator[None]:
         """Give what a kernel raises while it prepares this layer a place and a code (`QP-LOAD-PREPARE`)."""
