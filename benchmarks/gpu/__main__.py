@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu.cases import QUICK_ROWS, ROWS, linear_cases
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.checking import check_all, make, refusals_of, tasks_of
+from benchmarks.gpu.choice import choose
 from benchmarks.gpu.contenders import ours
 from benchmarks.gpu.experts import QUICK_TOKENS, TOKENS, expert_cases
 from benchmarks.gpu.formats import FORMATS
@@ -24,6 +25,8 @@ from benchmarks.gpu.measuring import measure
 from benchmarks.gpu.peers import PEERS
 from benchmarks.gpu.report import Report, markdown
 from benchmarks.gpu.table import Names, progress
+from quantplug.detect import detect
+from quantplug.plugins import registry
 
 if TYPE_CHECKING:
     from benchmarks.gpu.cases import Case, Kind
@@ -47,7 +50,7 @@ def main() -> None:
     contenders = _contenders(cases, options.only)
     names = {kind: _names(contenders, kind) for kind in dict.fromkeys(case.kind for case in cases)}
     checked = check_all(tasks_of(contenders, cases, rows), options.patience)
-    report = Report("", names, [], refusals_of(checked))
+    report = Report("", str(detect(registry())), names, [], refusals_of(checked))
     ready = time.monotonic()
     print(*(f"not run: {line}" for line in report.refusals), sep="\n")
     limits = ceilings()
@@ -61,6 +64,7 @@ def main() -> None:
                 report.write(options.json)
     finally:
         # Whatever breaks, and be it the GPU: what was measured is worth its time.
+        choose(report.points, report.platform)
         print("", *markdown(report, whole=True), sep="\n", flush=True)
 
 

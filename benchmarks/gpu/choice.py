@@ -1,51 +1,77 @@
 """
-What a plan takes for a layer, without any measurement or wish: kernels of one layout, and of two where memory allows.
+What a plan takes for a layer: by what kernels claim, and by the times that were measured, as after `quantplug tune`;
+with one layout, and with two where memory allows; and with what is chosen by request only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantplug.asking import probe
-from quantplug.detect import detect
+from benchmarks.gpu.cases import LinearCase
+from benchmarks.gpu.experts import ExpertCase
 from quantplug.errors import PlanError
 from quantplug.inventory import ModuleInfo
+from quantplug.platform import Platform
 from quantplug.plugins import registry
 from quantplug.policy import Policy
 from quantplug.secondlayout import second_layout
 from quantplug.select import kernels_for, select
+from quantplug.timings import Measurement, Timings, problem_key, versions_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from benchmarks.gpu.cases import Case
+    from benchmarks.gpu.measuring import Point
     from quantplug.plan import Choice
 
+WAYS = ("estimated", "estimated, two layouts", "tuned", "tuned, two layouts", "tuned, two layouts, fast sums")
+"""How a plan comes to its choice; "fast sums" is a policy that allows `cublas.*.fast`."""
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """
-    The kernels of a layer by numbers of rows.
+_FAST = Policy.parse({"rule": [{"allow": "cublas.*.fast"}]}, "benchmark")
 
-    Attributes:
-        one: of one layout.
-        two: of two layouts, where a second one gains, else those of one.
-    """
-
-    one: tuple[Choice, ...] = ()
-    two: tuple[Choice, ...] = ()
+_HERE = "the GPU that was measured"
 
 
-def chosen(case: Case) -> Chosen:
-    """Return what a plan takes for a layer on this machine; nothing where no kernel runs it."""
-    known, platform, problem = registry(), detect(), case.problem
+def choose(points: Iterable[Point], platform: str) -> None:
+    """Give every point what a plan of this checkout takes on a platform ("cuda:9.0"), in each way."""
+    layers: dict[tuple[str, str, str], list[Point]] = {}
+    for point in points:
+        layers.setdefault((point.kind, point.format, point.layer), []).append(point)
+    for some in layers.values():
+        for way, choices in _ways(_case_of(some[0]), some, platform).items():
+            for point in some:
+                point.chosen[way] = serving(choices, point.rows)
+
+
+def _ways(case: Case, points: Sequence[Point], text: str) -> dict[str, tuple[Choice, ...]]:
+    known, parsed, problem = registry(), Platform.parse(text), case.problem
+    platform = Platform(parsed.kind, parsed.arch, device=_HERE)
     kernels = kernels_for(problem, known)
-    probes = {name: probe(provided.item, platform) for name, provided in kernels.items()}
-    try:
-        decision = select(problem, ModuleInfo("layer", case.kind), platform, known, Policy(), probes)
-    except PlanError:
-        return Chosen()
-    second = second_layout(problem, decision, platform, known)
-    return Chosen(decision.choices, decision.choices if second is None else second.decision.choices)
+    times: dict[str, list[tuple[int, float]]] = {}
+    for point in sorted(points, key=lambda point: point.rows):
+        for name, us in point.us.items():
+            if name in kernels:
+                times.setdefault(name, []).append((point.rows, us))
+    measured = Timings(
+        Measurement(
+            _HERE, str(platform), problem_key(problem), name, versions_of(kernels[name].plugin, platform, known),
+            tuple(us),
+        )
+        for name, us in times.items()
+    )  # fmt: skip
+    found: dict[str, tuple[Choice, ...]] = {}
+    for way, timings, policy in (
+        ("estimated", Timings(), Policy()), ("tuned", measured, Policy()), ("fast sums", measured, _FAST)
+    ):  # fmt: skip
+        try:
+            decision = select(problem, ModuleInfo("layer", case.kind), platform, known, policy, {}, timings)
+        except PlanError:
+            continue  # nobody runs it
+        second = second_layout(problem, decision, platform, known)
+        two = decision.choices if second is None else second.decision.choices
+        found |= {WAYS[-1]: two} if policy is _FAST else {way: decision.choices, f"{way}, two layouts": two}
+    return found
 
 
 def serving(choices: tuple[Choice, ...], rows: int) -> str:
@@ -54,3 +80,10 @@ def serving(choices: tuple[Choice, ...], rows: int) -> str:
         if choice.max_rows is None or rows <= choice.max_rows:
             return choice.kernel
     return ""
+
+
+def _case_of(point: Point) -> Case:
+    if point.kind == "experts":
+        return ExpertCase(point.format, point.layer)
+    n, k = point.layer.split(" x ")
+    return LinearCase(point.format, int(n), int(k))

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.checking import Checked, make
-from benchmarks.gpu.choice import chosen, serving
 from benchmarks.gpu.contenders import Contender, Held
 from quantplug.stopwatch import cold_copies, per_call
 
@@ -33,9 +32,9 @@ class Point:
     Attributes:
         kind, format, layer, rows: what was measured.
         roof_us: the larger of reading weights once and of all products at the device's rate.
-        chosen: the kernel that a plan takes, which keeps one layout of the layer; "" when it takes none.
-        chosen_two: the kernel that it takes where a second layout fits into memory.
         us: microseconds of a call, by contender.
+        chosen: the kernel that a plan takes, by the way it comes to it (`choice.WAYS`); "" when it takes none. Follows
+            from the others, and so is no part of the JSON.
     """
 
     kind: Kind
@@ -43,13 +42,14 @@ class Point:
     layer: str
     rows: int
     roof_us: float
-    chosen: str = ""
-    chosen_two: str = ""
     us: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""
-        return asdict(self)
+        found = asdict(self)
+        del found["chosen"]
+        return found
 
 
 def measure(
@@ -58,12 +58,10 @@ def measure(
     """Yield a point for each layer and number of rows, in the order of layers."""
     known: dict[tuple[Hashable, int], float] = {}
     for case in cases:
-        choices = chosen(case)
         running = [(make(r.name, case.kind), r) for r in checked if r.case == case and r.errors]
         layers: dict[str, list[Held]] = {}
         for count in rows[case.kind]:
             point = Point(case.kind, case.format, case.layer, count, limits.roof_us(case, count))
-            point.chosen, point.chosen_two = serving(choices.one, count), serving(choices.two, count)
             inputs = case.inputs(count, CUDA)
             for contender, result in running:
                 if count not in result.errors:

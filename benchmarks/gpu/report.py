@@ -1,6 +1,7 @@
 """
 What a run found, as JSON and as tables: `python -m benchmarks.gpu.report FILE.json` prints them again, and with
-`--into README.md` those of README.md are put in place of the ones that are there.
+`--into README.md` those of README.md are put in place of the ones that are there. The figures are the run's; what a
+plan takes is asked again, so that it is this checkout's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.gpu.choice import WAYS, choose
 from benchmarks.gpu.measuring import Point
 from benchmarks.gpu.table import LIMIT, Names, above, compact, everyone, legend, summary
 
@@ -32,12 +34,14 @@ class Report:
 
     Attributes:
         machine: what it ran on, in a line.
+        platform: the same as plans spell it ("cuda:9.0").
         names: who took part, by kind of layer.
         points: figures.
         refusals: who did not run what, and why.
     """
 
     machine: str
+    platform: str
     names: dict[Kind, Names]
     points: list[Point]
     refusals: list[str]
@@ -46,6 +50,7 @@ class Report:
         """Write it as JSON."""
         whole = {
             "machine": self.machine,
+            "platform": self.platform,
             "names": {kind: asdict(names) for kind, names in self.names.items()},
             "points": [point.to_json() for point in self.points],
             "refusals": self.refusals,
@@ -57,7 +62,8 @@ def read(file: Path) -> Report:
     """Return what `Report.write` wrote."""
     whole = json.loads(file.read_text())
     names = {kind: Names(**{role: tuple(who) for role, who in by.items()}) for kind, by in whole["names"].items()}
-    return Report(whole["machine"], names, [Point(**point) for point in whole["points"]], whole["refusals"])
+    points = [Point(**point) for point in whole["points"]]
+    return Report(whole["machine"], whole["platform"], names, points, whole["refusals"])
 
 
 def markdown(report: Report, *, whole: bool) -> list[str]:
@@ -99,7 +105,7 @@ def _section(points: Sequence[Point], names: Names) -> list[str]:
         "",
         *summary(points, names),
         "",
-        f"What a plan takes with two layouts and is above {LIMIT} times the best peer:",
+        f"What a plan takes with {WAYS[-1]}, and is above {LIMIT} times the best peer:",
         "",
         *above(points, names),
     ]
@@ -112,6 +118,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, metavar="README.md", help="put the tables between the marks of this file")
     options = parser.parse_args()
     report = read(options.file)
+    choose(report.points, report.platform)
     if options.into is None:
         print(*markdown(report, whole=True), sep="\n")
     else:

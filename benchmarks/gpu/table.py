@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import TYPE_CHECKING
 
+from benchmarks.gpu.choice import WAYS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -59,7 +61,7 @@ def progress(point: Point, names: Names) -> str:
     parts = [
         f"{who} {found.name} {found.us:.1f}" for who, found in (("ours", fastest), ("peer", peer), ("", dense)) if found
     ]
-    parts += [f"roof {point.roof_us:.1f}", f"chosen {point.chosen or '-'}", f"ratio {spelled(ratio(fastest, peer))}"]
+    parts += [f"roof {point.roof_us:.1f}", f"ratio {spelled(ratio(fastest, peer))}"]
     return f"{point.format}, {point.layer}, M = {point.rows}: {', '.join(part.strip() for part in parts)}"
 
 
@@ -98,17 +100,14 @@ def compact(points: Sequence[Point], names: Names) -> list[str]:
 
 def summary(points: Sequence[Point], names: Names) -> list[str]:
     """Return, by format and in all, what is chosen and our fastest over the best peer, and bfloat16 over that."""
-    columns = (
-        "format", "points", "chosen, one layout / peer", "chosen, two layouts / peer", "fastest / peer",
-        "bfloat16 / fastest", "roof / fastest",
-    )  # fmt: skip
+    columns = ("format", "points", *WAYS, "fastest", "bfloat16 / fastest", "roof / fastest")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     formats = list(dict.fromkeys(point.format for point in points))
     for name in [*formats, "all"] if len(formats) > 1 else formats:
         some = [point for point in points if name in ("all", point.format)]
         cells = [name, str(len(some))]
-        for chosen in ("chosen", "chosen_two"):
-            pairs = [(ratio(best(p, [getattr(p, chosen)]), best(p, names.peers)), p) for p in some]
+        for way in WAYS:
+            pairs = [(ratio(best(p, [p.chosen.get(way, "")]), best(p, names.peers)), p) for p in some]
             cells.append(_spread(pairs))
         cells.append(_spread([(ratio(best(p, names.ours), best(p, names.peers)), p) for p in some]))
         cells.append(_mean([ratio(best(p, names.references), best(p, names.ours)) for p in some]))
@@ -118,12 +117,16 @@ def summary(points: Sequence[Point], names: Names) -> list[str]:
 
 
 def above(points: Sequence[Point], names: Names) -> list[str]:
-    """Return a line for each point where what a plan takes, with two layouts, is above the limit; worst first."""
-    columns = ("format", "layer", "M", "chosen, two layouts", "us", "our fastest", "us", "best peer", "us", "ratio")
+    """Return a line for each point where what a plan takes at its best is above the limit; worst first."""
+    columns = ("format", "layer", "M", WAYS[-1], "us", "our fastest", "us", "best peer", "us", "ratio")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     found = []
     for point in points:
-        chosen, mine, peer = best(point, [point.chosen_two]), best(point, names.ours), best(point, names.peers)
+        chosen, mine, peer = (
+            best(point, [point.chosen.get(WAYS[-1], "")]),
+            best(point, names.ours),
+            best(point, names.peers),
+        )
         times = ratio(chosen, peer)
         if times is not None and times > LIMIT:
             cells = [point.format, point.layer, str(point.rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.gpu.choice import WAYS, choose
 from benchmarks.gpu.measuring import Point
 from benchmarks.gpu.report import BEGIN, END, Report, markdown, put, read
 from benchmarks.gpu.table import Names, above, best, compact, everyone, labels, legend, progress, summary
@@ -12,10 +13,11 @@ from benchmarks.gpu.table import Names, above, best, compact, everyone, labels, 
 NAMES = Names(("marlin.wna16", "marlin.wna16.dense", "humming.w16"), ("humming", "torch int4"), ("bf16 F.linear",))
 
 
-def point(rows: int = 1, chosen: str = "marlin.wna16", two: str = "marlin.wna16", **us: float) -> Point:
+def point(rows: int = 1, chosen: str = "marlin.wna16", best_way: str = "marlin.wna16", **us: float) -> Point:
     spelled = {"marlin": "marlin.wna16", "dense": "marlin.wna16.dense", "bf16": "bf16 F.linear"}
     times = {spelled.get(name, name): value for name, value in us.items()}
-    return Point("linear", "int4 g128", "4096 x 4096", rows, 2.5, chosen, two, times)
+    taken = {way: best_way if way == WAYS[-1] else chosen for way in WAYS}
+    return Point("linear", "int4 g128", "4096 x 4096", rows, 2.5, times, taken)
 
 
 def test_the_reference_is_no_peer():
@@ -27,15 +29,12 @@ def test_the_reference_is_no_peer():
 def test_a_summary_counts_what_is_above_the_limit():
     some = [point(1, marlin=5.0, humming=10.0, bf16=20.0), point(16, marlin=8.0, dense=16.0, humming=4.0, bf16=8.0)]
     _, _, line = summary(some, NAMES)
-    assert line == (
-        "| int4 g128 | 2 | 1.000, worst 2.00 (4096 x 4096, M = 16), 1 of 2 above 1.05 "
-        "| 1.000, worst 2.00 (4096 x 4096, M = 16), 1 of 2 above 1.05 "
-        "| 1.000, worst 2.00 (4096 x 4096, M = 16), 1 of 2 above 1.05 | 2.000 | 0.395 |"
-    )
+    each = "| 1.000, worst 2.00 (4096 x 4096, M = 16), 1 of 2 above 1.05 "
+    assert line == f"| int4 g128 | 2 {each * (len(WAYS) + 1)}| 2.000 | 0.395 |"
 
 
-def test_one_layout_and_two_are_told_apart():
-    some = [point(2048, two="marlin.wna16.dense", marlin=20.0, dense=10.0, humming=10.0)]
+def test_ways_to_choose_are_told_apart():
+    some = [point(2048, best_way="marlin.wna16.dense", marlin=20.0, dense=10.0, humming=10.0)]
     _, _, line = summary(some, NAMES)
     assert "2.000, worst 2.00" in line
     assert "1.000, worst 1.00" in line
@@ -55,13 +54,11 @@ def test_the_worst_point_above_the_limit_comes_first():
 
 
 def test_who_did_not_run_leaves_a_dash():
-    some = [point(1, marlin=5.0), point(16, chosen="", two="", humming=10.0)]
+    some = [point(1, marlin=5.0), point(16, chosen="", best_way="", humming=10.0)]
     assert compact(some, NAMES)[2] == "| int4 g128 | 4096 x 4096 | 5.0 m (-, -x) | - (-, -x) |"
-    assert summary(some, NAMES)[2] == "| int4 g128 | 2 | - | - | - | - | 0.500 |"
+    assert summary(some, NAMES)[2] == f"| int4 g128 | 2 {'| - ' * (len(WAYS) + 2)}| 0.500 |"
     assert above(some, NAMES)[2:] == []
-    assert progress(some[1], NAMES) == (
-        "int4 g128, 4096 x 4096, M = 16: peer humming 10.0, roof 2.5, chosen -, ratio -"
-    )
+    assert progress(some[1], NAMES) == "int4 g128, 4096 x 4096, M = 16: peer humming 10.0, roof 2.5, ratio -"
 
 
 def test_everyone_has_a_line_and_the_roof_has_one():
@@ -81,19 +78,31 @@ def test_labels_are_unlike():
 
 @pytest.mark.parametrize("kinds", [("linear",), ("linear", "experts")])
 def test_a_report_reads_what_it_wrote(tmp_path, kinds):
-    points = [point(marlin=5.0, humming=10.0, bf16=20.0)]
+    points = [Point("linear", "int4 g128", "4096 x 4096", 1, 2.5, {"marlin.wna16": 5.0, "humming": 10.0})]
     if "experts" in kinds:
-        points.append(
-            Point("experts", "int4 g128", "Mixtral 8x7B", 1, 57.0, "marlin.moe", "marlin.moe", {"marlin.moe": 80})
-        )
+        points.append(Point("experts", "int4 g128", "Mixtral 8x7B", 1, 57.0, {"marlin.moe": 80.0}))
     names = {"linear": NAMES, "experts": Names(("marlin.moe",), (), ())}
-    report = Report("One GPU.", {kind: names[kind] for kind in kinds}, points, ["humming, fp8: not installed"])
+    report = Report(
+        "One GPU.", "cuda:9.0", {kind: names[kind] for kind in kinds}, points, ["humming, fp8: not installed"]
+    )
     report.write(tmp_path / "run.json")
     assert read(tmp_path / "run.json") == report
     lines = markdown(read(tmp_path / "run.json"), whole=False)
     assert lines[0] == "One GPU."
     assert ("### Experts" in lines) == ("experts" in kinds)
     assert lines[-1] == "- humming, fp8: not installed"
+
+
+def test_a_plan_is_asked_in_each_way():
+    """Claims put the precise FP8 product behind the kernel for few rows; times made up put it, or a fast one, first."""
+    us = {"marlin.wna16": 5.0, "cublas.w8a8": 4.0, "cublas.w8a8.fast": 3.0}
+    points = [Point("linear", "fp8 channel w8a8", "4096 x 4096", rows, 2.5, dict(us)) for rows in (1, 2048)]
+    choose(points, "cuda:9.0")
+    assert [point.chosen["estimated"] for point in points] == ["marlin.wna16", "marlin.wna16"]
+    assert points[1].chosen["estimated, two layouts"] == "cublas.w8a8"
+    assert {point.chosen["tuned"] for point in points} == {"cublas.w8a8"}
+    assert {point.chosen[WAYS[-1]] for point in points} == {"cublas.w8a8.fast"}
+    assert points[0].to_json().keys() == {"kind", "format", "layer", "rows", "roof_us", "us"}
 
 
 def test_tables_take_the_place_of_those_between_the_marks():

@@ -145,6 +145,14 @@ def test_a_gain_within_what_estimates_are_wrong_by_is_none(directory):
     assert layouts(planned(directory, 10**9, Few, Close, Many), DOWN) == ("a", "b")
 
 
+def test_a_kernel_that_is_only_allowed_competes_like_any_other(directory):
+    rule = {"allow": "*"}
+    assert planned(directory, 10**9, rules=[rule]).decisions == tuple(
+        replace(each, candidates=planned(directory, 10**9, rules=[rule]).decisions[n].candidates)
+        for n, each in enumerate(planned(directory, 10**9).decisions)
+    )
+
+
 @pytest.mark.parametrize("rule", [{"pin": "a.few"}, {"prefer": "a.few"}, {"deny": "b.many"}])
 def test_a_policy_that_decides_about_kernels_is_obeyed(directory, rule):
     assert layouts(planned(directory, 10**9, rules=[rule]), DOWN) == ("a",)

@@ -97,13 +97,18 @@ def test_what_gives_something_up_is_chosen_where_it_is_asked_for_by_name() -> No
     registry = build_registry({"toys": toys, "vendor": vendor})
     assert "a.careless.dense" not in registry.kernels
     assert registry.moe_kernels["loop.a.careless"].item.traits.by_request
-    refusal = Rejected("policy", "is chosen by request only", 'prefer = ["a.careless"]')
+    refusal = Rejected("policy", "is chosen by request only", 'allow = ["a.careless"]')
     for wishes in ((), ({"prefer": "a.*"},), ({"match": "mlp.down_proj", "prefer": "a.careless"},)):
         decision = select(problem(), MODULE, CPU, registry, policy(*wishes), {})
         assert decision.kernel == "toy.fast"
         assert next(c.verdict for c in decision.candidates if c.kernel == "a.careless") == refusal
     for wish in ({"prefer": ["toy.many", "a.careless"]}, {"pin": "a.careless"}):
         assert select(problem(), MODULE, CPU, registry, policy(wish), {}).kernel == "a.careless"
+    for allowed in ({"allow": "a.*"}, {"allow": "a.careless"}):
+        decision = select(problem(), MODULE, CPU, registry, policy(allowed), {})
+        assert decision.choices == (Choice("a.careless", "careless"),)
+        assert decision.candidates[0].policy.startswith("allow (test policy")
+    assert select(problem(), MODULE, CPU, registry, policy({"allow": "toy.*"}), {}).choices[1].kernel == "toy.many"
     assert policy({"prefer": "a.careless"}).asks_for(MODULE, "loop.a.careless")
     assert not policy({"deny": "a.careless"}).asks_for(MODULE, "a.careless")
     with pytest.raises(PlanError, match=r"a\.careless is pinned by .* and refuses"):

@@ -122,8 +122,8 @@ class Traits:
         dequantize_graph_safe: `dequantize` may be captured, too: it waits for nothing and copies nothing from the host.
         deterministic: the same inputs give the same bits.
         fallback: last resort; chosen only when nothing else fits, and then with a warning.
-        by_request: chosen only where a policy prefers or pins it by its name: it gives up what a caller has to agree
-            to, such as the precision of long sums.
+        by_request: chosen only where a policy allows it, or prefers or pins it by its name: it gives up what a caller
+            has to agree to, such as the precision of long sums.
     """
 
     uniform_segments: bool = False

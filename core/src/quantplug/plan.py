@@ -42,6 +42,11 @@ class Candidate:
     policy: str = ""
     measured: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def preferred(self) -> bool:
+        """Whether a policy puts it before all others."""
+        return self.policy.startswith(("pin", "prefer"))
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

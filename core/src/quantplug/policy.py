@@ -1,5 +1,5 @@
 """
-What the caller wants of the choice of kernels: prefer, deny or pin, per layer pattern; memory for second layouts.
+What the caller wants of the choice of kernels: prefer, allow, deny or pin, per layer pattern; room for second layouts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from quantplug.inventory import ModuleInfo
     from quantplug.skip import Entry
 
-Wish = Literal["pin", "prefer", "deny"]
-_WISHES: tuple[Wish, ...] = ("pin", "prefer", "deny")
+Wish = Literal["pin", "prefer", "allow", "deny"]
+_WISHES: tuple[Wish, ...] = ("pin", "prefer", "allow", "deny")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,6})?) ?(?P<unit>|[kKMGT]?B)", re.ASCII)
 _EXAMPLE = 'for example:  [[rule]]  match = "re:.*down_proj"  deny = ["cpu.*"]'
@@ -36,7 +36,8 @@ class PolicyRule:
     One wish.
 
     Attributes:
-        wish: "pin" (this kernel or an error), "prefer" (before all others) or "deny" (never).
+        wish: "pin" (this kernel or an error), "prefer" (before all others), "allow" (as any other, though it is chosen
+            by request only) or "deny" (never).
         kernels: names or globs over names ("cpu.*").
         entry: the layers concerned, typed and matched like a skip entry; None for all.
         origin: where it was said.
@@ -79,11 +80,11 @@ class Policy:
         return None
 
     def asks_for(self, module: ModuleInfo, kernel: str) -> bool:
-        """Return whether the wish about a kernel is to prefer or pin it, by its name and not by a glob alone."""
+        """Return whether a kernel is allowed, or preferred or pinned by its name and not by a glob alone."""
         rule = self.wish(module, kernel)
         if rule is None or rule.wish == "deny":
             return False
-        return not {kernel, kernel.removeprefix(PREFIX)}.isdisjoint(rule.kernels)
+        return rule.wish == "allow" or not {kernel, kernel.removeprefix(PREFIX)}.isdisjoint(rule.kernels)
 
     def pin(self, module: ModuleInfo) -> PolicyRule | None:
         """Return the first pin that concerns the module."""
@@ -92,8 +93,8 @@ class Policy:
     @classmethod
     def parse(cls, table: Mapping[str, object], origin: str) -> Policy:
         """
-        Read the TOML form: a list `rule` of tables with `match` (optional) and one of `pin`, `prefer`, `deny`; and
-        `layout_budget`, bytes or a text such as "4 GB".
+        Read the TOML form: a list `rule` of tables with `match` (optional) and one of `pin`, `prefer`, `allow`,
+        `deny`; and `layout_budget`, bytes or a text such as "4 GB".
 
         Raises:
             PlanError: `QP-PLAN-POLICY` naming the rule and the field.
@@ -151,9 +152,9 @@ def _parse_rule(item: object, origin: str) -> PolicyRule:
     wishes = [wish for wish in _WISHES if wish in item]
     unknown = set(item) - {"match", *_WISHES}
     if unknown:
-        raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "match and one of pin, prefer, deny")
+        raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "match and one of pin, prefer, allow, deny")
     if len(wishes) != 1:
-        raise _malformed(origin, f"has {' and '.join(wishes) or 'no wish'}", "exactly one of pin, prefer, deny")
+        raise _malformed(origin, f"has {' and '.join(wishes) or 'no wish'}", "exactly one of pin, prefer, allow, deny")
     wish = wishes[0]
     kernels = [item[wish]] if isinstance(item[wish], str) else item[wish]
     if not isinstance(kernels, list) or not kernels or not all(isinstance(k, str) and k for k in kernels):

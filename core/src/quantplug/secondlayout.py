@@ -59,7 +59,7 @@ def second_layout(
         and not kernels[c.kernel].item.traits.fallback
         and (decision.basis == "estimated" or c.measured)
     }
-    if decision.kernel not in asked or asked[decision.kernel].policy:
+    if decision.kernel not in asked or asked[decision.kernel].preferred:
         return None
     whole = not isinstance(problem, LinearProblem) or problem.uniform
     layouts: dict[str, list[Candidate]] = {}

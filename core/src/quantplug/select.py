@@ -101,7 +101,7 @@ def select(
             fix=_all_reasons(candidates, registry),
         )
     first = kernels[accepted[0].kernel].item
-    if pin is not None or accepted[0].policy:
+    if pin is not None or accepted[0].preferred:
         return Decision((Choice(accepted[0].kernel, first.layout_id),), tuple(candidates))
     same_layout = [
         c
@@ -148,7 +148,7 @@ def _ask(
         elif pin is not None and not pin.names(name):
             verdict = Rejected("policy", f"{pin.kernels[0]} is pinned by {pin.origin}")
         elif provided.item.traits.by_request and not policy.asks_for(module, name):
-            verdict = Rejected("policy", "is chosen by request only", f'prefer = ["{name}"]')
+            verdict = Rejected("policy", "is chosen by request only", f'allow = ["{name}"]')
         elif measurement is not None and measurement.wrong:
             verdict = Rejected(
                 "probe", f"was wrong when it was measured: {measurement.wrong}", "report it to its maker"
@@ -169,7 +169,7 @@ def _rank(
     refused = isinstance(verdict, Rejected)
     return (
         refused,
-        not candidate.policy.startswith(("pin", "prefer")),
+        not candidate.preferred,
         kernels[candidate.kernel].item.traits.fallback,
         candidate.kernel in heavy or not candidate.measured,
         time_at(candidate.measured, 1) if candidate.measured else math.inf,

@@ -30,7 +30,7 @@ _ORDER_BYTES = 4
 
 # One H100, see benchmarks/gpu/README.md: bytes of a stream of weights and products per microsecond, one launch.
 _BYTES_PER_US = 2.9e6
-_PRODUCTS_PER_US = 3.6e8
+_PRODUCTS_PER_US = 3.7e8
 _LAUNCH_US = 6.2
 
 

@@ -25,7 +25,7 @@ _MOST_SLOTS = 4
 
 # One H100: bytes per microsecond of a stream of weights, a call, and products of a weight and a row per microsecond.
 _BYTES_PER_US = 2.9e6
-_PRODUCTS_PER_US = {True: 3.7e8, False: 3.5e8}
+_PRODUCTS_PER_US = {True: 3.7e8, False: 3.4e8}
 """Whether products are just added up; else sums of groups are scaled."""
 CALL_US = 2.0
 
