@@ -75,8 +75,10 @@ def sums(
     dtype: tl.constexpr = tl.float32 if EXACT else x_rows.dtype.element_ty
 
     # 64 rows of the weight lie side by side; below them the bytes of all slots follow each other.
+    # A tile of two such blocks may find one: the last is read once more, and not kept.
     byte_rows = (chunks // FIELDS) * CHUNK
-    tile = (outputs // TILE_ROWS).to(tl.int64) * byte_rows * TILE_ROWS + outputs % TILE_ROWS
+    column_blocks = tl.minimum(outputs // TILE_ROWS, (N - 1) // TILE_ROWS)
+    tile = column_blocks.to(tl.int64) * byte_rows * TILE_ROWS + outputs % TILE_ROWS
     code_ptrs = codes_ptr + tile[None, :] + places[:, None] * TILE_ROWS
     shared = outputs // rows_per_scale if TURNS == 1 else outputs // TURNS // rows_per_scale * TURNS + outputs % TURNS
     scale_ptrs = scales_ptr + shared
