@@ -3,8 +3,8 @@ NVIDIA's compute-sanitizer over our own kernels: `python -m tests.device.sanitiz
 
 Each tool watches each kernel in a process of its own, several at a time, with torch's caching allocator off: every
 tensor is an allocation of exactly its size, so that one byte read behind it is seen. Each tool must also find the fault
-that is planted for it. Ends with 0 where it does and finds no other. The kernel in clusters, which has no fault, only
-tells whether racecheck can be asked about such kernels.
+that is planted for it. Ends with 0 where it does and finds no other. The kernels without a fault only tell which
+kernels racecheck can be asked about; those that it is not given are in the table, and why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.device.planted import CLUSTERS, TOOLS
+from tests.device.launches import LEFT_OUT
+from tests.device.planted import FAULTLESS, TOOLS
 
 from quantplug.plugins import registry
 
@@ -28,6 +29,8 @@ OURS = ("quantplug-marlin", "quantplug-triton", "quantplug-cublas")
 PLANTED = "planted"
 FOUND = 86
 """What the sanitizer ends with where it found something."""
+SHOWN = "1000"
+"""Findings that it prints: of those beyond, nothing tells which layer they belong to."""
 
 
 class Run(NamedTuple):
@@ -36,7 +39,7 @@ class Run(NamedTuple):
 
     Attributes:
         tool: of the sanitizer.
-        kernel: its name; "planted" is the fault that the tool must find.
+        kernel: its name; "planted" is the fault that the tool must find, and `FAULTLESS` are those that have none.
     """
 
     tool: str
@@ -50,13 +53,13 @@ class Run(NamedTuple):
     @property
     def command(self) -> list[str]:
         """What is watched."""
-        if self.kernel in {PLANTED, CLUSTERS}:
-            return ["tests.device.planted", self.tool if self.kernel == PLANTED else CLUSTERS]
+        if self.kernel in {PLANTED, *FAULTLESS}:
+            return ["tests.device.planted", self.tool if self.kernel == PLANTED else self.kernel]
         return ["tests.device.launches", self.kernel, self.tool]
 
     def is_right(self, code: int | None) -> bool:
         """Whether it should end with that code, None if it was cut short."""
-        if self.kernel == CLUSTERS:
+        if self.kernel in FAULTLESS:
             return code in {0, FOUND}
         return code == (FOUND if self.kernel == PLANTED else 0)
 
@@ -72,9 +75,9 @@ def kernels() -> list[str]:
     ]
 
 
-def watch(run: Run, sanitizer: str, logs: Path, limit: float) -> tuple[bool, str]:
-    """Return whether a run ended as it should, and what it said last."""
-    command = [sanitizer, "--tool", run.tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+def watch(run: Run, sanitizer: str, logs: Path, limit: float) -> tuple[bool, list[str]]:
+    """Return whether a run ended as it should, what it said last, and what was left out of it."""
+    command = [sanitizer, "--tool", run.tool, "--error-exitcode", str(FOUND), "--print-limit", SHOWN]
     began, log = time.perf_counter(), logs / f"{run.name}.log"
     with (
         log.open("w") as file,
@@ -93,7 +96,8 @@ def watch(run: Run, sanitizer: str, logs: Path, limit: float) -> tuple[bool, str
             code = None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     took = f"{time.perf_counter() - began:.0f} s, {'cut short' if code is None else f'ended with {code}'}"
-    return run.is_right(code), f"{lines[-1] if lines else 'nothing'} ({took})"
+    said = f"{lines[-1] if lines else 'nothing'} ({took})"
+    return run.is_right(code), [said, *(line for line in lines if line.startswith(LEFT_OUT))]
 
 
 def main() -> int:
@@ -115,13 +119,15 @@ def main() -> int:
     watched = [PLANTED, *(asked.kernels or kernels())]
     runs = [Run(tool, kernel) for tool in asked.tool or TOOLS[:2] for kernel in watched]
     if any(run.tool == "racecheck" for run in runs):
-        runs.append(Run("racecheck", CLUSTERS))
+        runs += [Run("racecheck", kernel) for kernel in FAULTLESS]
     right = True
     with ThreadPoolExecutor(asked.jobs) as pool:
         results = pool.map(lambda run: watch(run, sanitizer, asked.logs, asked.limit), runs)
-        for run, (ended_well, said) in zip(runs, results, strict=True):
+        for run, (ended_well, (said, *left_out)) in zip(runs, results, strict=True):
             right &= ended_well
             print(f"{'ok  ' if ended_well else 'BAD '} {run.name:32} {said}", flush=True)
+            for line in left_out:
+                print(f"     {line}", flush=True)
     return 0 if right else 1
 
 
