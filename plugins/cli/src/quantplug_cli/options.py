@@ -30,7 +30,8 @@ Dtype = Annotated[
     str | None, typer.Option(help="Activation dtype: bfloat16, float16 or float32. Default: the checkpoint's.")
 ]
 PolicyFile = Annotated[
-    Path | None, typer.Option("--policy", metavar="FILE", help="TOML file that prefers, allows, denies or pins kernels.")
+    Path | None,
+    typer.Option("--policy", metavar="FILE", help="TOML file that prefers, allows, denies or pins kernels."),
 ]
 LayoutBudget = Annotated[
     str | None,
