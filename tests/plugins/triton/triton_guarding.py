@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 APART = 1 << 20
-"""Bytes between two tensors, at least: more than any tensor of the catalogues has, so that no stray ends in another."""
+"""Bytes between two tensors, at least: farther than a tile reaches, so that what leaves one does not end in another."""
 
 
 class StrayError(Exception):
@@ -35,7 +35,7 @@ class _Places:
     def copied(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors, each storage of which is copied to a place of its own."""
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        arena = np.full(sum(APART + storage.nbytes() for storage in storages.values()) + APART, 0xFF, np.uint8)
+        arena = np.full(sum(2 * APART + storage.nbytes() for storage in storages.values()) + APART, 0xFF, np.uint8)
         made: dict[int, torch.UntypedStorage] = {}
         first = APART
         for key, storage in storages.items():
@@ -43,7 +43,7 @@ class _Places:
             first = -(-first // 16) * 16
             made[key] = torch.from_numpy(arena[first : first + storage.nbytes()]).untyped_storage()
             made[key].copy_(storage)
-            first += storage.nbytes() + APART // 2
+            first += storage.nbytes() + APART
         placed = []
         for tensor in tensors:
             copy = tensor.new_empty(0)
