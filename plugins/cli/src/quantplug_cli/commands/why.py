@@ -85,14 +85,15 @@ def _show(made: Plan, layer: LayerPlan) -> None:
     if layer.tensors:
         more = f" and {len(layer.tensors) - _SHOWN} more" if len(layer.tensors) > _SHOWN else ""
         _line("bias" if layer.segments else "stored as", ", ".join(layer.tensors[:_SHOWN]) + more)
-    _line("bytes", f"{size(layer.file_bytes)} in files, about {size(layer.memory_bytes)} in memory")
     decision = made.decision_of(layer)
+    memory = f"{size(layer.file_bytes)} in files, about {size(layer.memory_bytes)} in memory"
+    if decision is not None and decision.extra_bytes:
+        memory += f", {size(decision.extra_bytes)} of it for the second layout, {decision.layouts[1]}"
+    _line("bytes", memory)
     if decision is not None and layer.problem is not None:
         _line("problem", describe_problem(layer.problem))
         for choice in decision.choices:
             _line("kernel", f"{choice.kernel} for {rows(choice)} ({decision.basis}, layout {choice.layout_id})")
-        if decision.extra_bytes:
-            _line("", f"{size(decision.extra_bytes)} of it for the second layout, {decision.layouts[1]}")
         for (plugin, policy, answer, us), alike in groupby(told(decision), key=_answer):
             names = ", ".join(candidate.kernel for candidate in alike)
             said = f" [{policy}]" if policy else ""
