@@ -44,7 +44,7 @@ def main() -> None:
         "linear": tuple(options.rows or (QUICK_ROWS if options.quick else ROWS)),
         "experts": tuple(options.tokens or (QUICK_TOKENS if options.quick else TOKENS)),
     }
-    formats = [kind for kind in FORMATS if _wanted(kind, options.formats)]
+    formats = [kind for kind in FORMATS if wanted(kind, options.formats)]
     cases = linear_cases(formats, quick=options.quick) + expert_cases(formats, quick=options.quick)
     cases = [case for case in cases if case.kind in options.kinds]
     contenders = _contenders(cases, options.only)
@@ -104,7 +104,7 @@ def _contenders(cases: list[Case], patterns: list[str]) -> list[Contender]:
     for kind in dict.fromkeys(case.kind for case in cases):
         found += [make(name, kind) for name in ours(kind, [case for case in cases if case.kind == kind])]
         found += [peer for maker in PEERS if (peer := maker()).kind == kind]
-    return [contender for contender in found if _wanted(contender.name, patterns)]
+    return [contender for contender in found if wanted(contender.name, patterns)]
 
 
 def _names(contenders: list[Contender], kind: Kind) -> Names:
@@ -114,8 +114,9 @@ def _names(contenders: list[Contender], kind: Kind) -> Names:
     return Names(of("ours"), of("peer"), of("reference"))
 
 
-def _wanted(name: str, patterns: list[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def wanted(name: str, patterns: list[str]) -> bool:
+    """Return whether a pattern fits a name, in whatever case."""
+    return any(fnmatchcase(name.casefold(), pattern.casefold()) for pattern in patterns)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.gpu.__main__ import wanted
 from benchmarks.gpu.choice import WAYS, choose
 from benchmarks.gpu.measuring import Point
 from benchmarks.gpu.report import BEGIN, END, Report, markdown, put, read
@@ -67,6 +68,12 @@ def test_everyone_has_a_line_and_the_roof_has_one():
         "| int4 g128, 4096 x 4096 | marlin.wna16 | 5.0 | 6.0 |",
         "| int4 g128, 4096 x 4096 | humming | 10.0 | - |",
     ]
+
+
+def test_who_is_wanted_may_be_spelled_in_any_case():
+    assert wanted("DeepGEMM", ["marlin*", "deep*"])
+    assert wanted("fp8 channel w8a8", ["FP8*"])
+    assert not wanted("DeepGEMM", ["gemm*"])
 
 
 def test_labels_are_unlike():
