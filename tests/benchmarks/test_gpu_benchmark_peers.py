@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is installed on Linux only")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 

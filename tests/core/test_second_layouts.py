@@ -146,11 +146,9 @@ def test_a_gain_within_what_estimates_are_wrong_by_is_none(directory):
 
 
 def test_a_kernel_that_is_only_allowed_competes_like_any_other(directory):
-    rule = {"allow": "*"}
-    assert planned(directory, 10**9, rules=[rule]).decisions == tuple(
-        replace(each, candidates=planned(directory, 10**9, rules=[rule]).decisions[n].candidates)
-        for n, each in enumerate(planned(directory, 10**9).decisions)
-    )
+    wished, plain = planned(directory, 10**9, rules=[{"allow": "*"}]), planned(directory, 10**9)
+    assert [decision.choices for decision in wished.decisions] == [decision.choices for decision in plain.decisions]
+    assert layouts(wished, DOWN) == ("a", "b")
 
 
 @pytest.mark.parametrize("rule", [{"pin": "a.few"}, {"prefer": "a.few"}, {"deny": "b.many"}])
@@ -218,8 +216,10 @@ def expected(layer, x):
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 300])
 def test_each_kernel_reads_its_own_layout(layer, rows):
     x = inputs(rows)
-    # Both kernels add up in float32 and round once; that of few rows then adds 1 in bfloat16.
-    assert torch.allclose(layer(x).float(), expected(layer, x), rtol=2**-7, atol=2**-7)
+    # y is rounded once; that of few rows is y + 1, rounded again: 2^-8 (|y| + |y + 1|) with |y| <= |y + 1| + 1. What
+    # that leaves out (a rounding's own, and float32 sums of 48 products) is below 2^-13.
+    wanted = expected(layer, x)
+    assert bool(((layer(x).float() - wanted).abs() <= (2**-8 * (2 * wanted.abs() + 1)) * (1 + 2**-5)).all())
 
 
 def test_one_graph_serves_both(layer):

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Literal
 
+    from quantplug.moe import MoEProblem
     from quantplug.moekernel import Kernel
     from quantplug.plan import Candidate
     from quantplug.platform import Platform
     from quantplug.registry import Provided
+    from quantplug.spec import LinearProblem
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of rows M at which kernels are compared; between two of them the lower one's choice holds."""
@@ -63,6 +65,12 @@ def choices(
         Choice(candidate.kernel, kernels[candidate.kernel].item.layout_id, start, end)
         for (_, candidate), start, end in zip(best, starts, [*ends, None], strict=True)
     )
+
+
+def bytes_held(problem: LinearProblem | MoEProblem, candidate: Candidate) -> int:
+    """Return the bytes that a candidate holds for a layer, by what it claims; 0 more where it was refused."""
+    extra = candidate.verdict.extra_bytes if isinstance(candidate.verdict, Accepted) else 0
+    return problem.stored_bytes + extra
 
 
 def may_join(kernel: Kernel, first: Kernel, platform: Platform) -> bool:

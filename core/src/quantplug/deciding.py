@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantplug.choices import bytes_held
 from quantplug.kernel import Accepted
 from quantplug.select import kernels_for, select
 
@@ -66,9 +67,7 @@ class Decider:
     def memory(self, problem: LinearProblem | MoEProblem, decision: int) -> int:
         """Return the estimated bytes of a layer once it is prepared."""
         chosen = self.decisions[decision]
-        verdict = next(c.verdict for c in chosen.candidates if c.kernel == chosen.kernel)
-        extra = verdict.extra_bytes if isinstance(verdict, Accepted) else 0
-        return problem.stored_bytes + extra
+        return bytes_held(problem, next(c for c in chosen.candidates if c.kernel == chosen.kernel))
 
     def _warn_fallback(self, problem: LinearProblem | MoEProblem, module: ModuleInfo, decision: Decision) -> None:
         if kernels_for(problem, self._registry)[decision.kernel].item.traits.fallback:

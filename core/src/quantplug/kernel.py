@@ -28,7 +28,8 @@ class Cost:
     Attributes:
         fixed_us: of a call, whatever the number of rows.
         row_us: of each row.
-        many: the cost of another way that the kernel itself takes where that is cheaper, or None.
+        many: the cost for many rows where that is less, or None: of another way that the kernel itself takes, or since
+            more rows touch no more weights (of experts: all there are).
     """
 
     fixed_us: float

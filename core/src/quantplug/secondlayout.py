@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import log
 from typing import TYPE_CHECKING
 
-from quantplug.choices import ROW_BUCKETS, choices, may_join, time_of
+from quantplug.choices import ROW_BUCKETS, bytes_held, choices, may_join, time_of
 from quantplug.kernel import Accepted
 from quantplug.plan import Decision
 from quantplug.select import kernels_for
@@ -78,7 +78,7 @@ def second_layout(
         chosen = choices([*own, *theirs], kernels, decision.basis)
         if not any(choice.layout_id == layout for choice in chosen):
             continue  # what gains lies between the rows that were measured
-        held = max(_bytes(problem, asked[c.kernel]) for c in chosen if c.layout_id == layout)
+        held = max(bytes_held(problem, asked[c.kernel]) for c in chosen if c.layout_id == layout)
         gain = sum(log(before / after) for before, after in zip(one, two, strict=True)) / len(ROW_BUCKETS)
         found.append(SecondLayout(replace(decision, choices=chosen, extra_bytes=held), gain))
     return max(found, key=lambda each: (each.gain, -each.decision.extra_bytes), default=None)
@@ -119,8 +119,3 @@ def spend(
         else replace(layer, memory_bytes=layer.memory_bytes + made[layer.decision].extra_bytes)
         for layer in layers
     ), tuple(made)
-
-
-def _bytes(problem: LinearProblem | MoEProblem, candidate: Candidate) -> int:
-    extra = candidate.verdict.extra_bytes if isinstance(candidate.verdict, Accepted) else 0
-    return problem.stored_bytes + extra

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from quantplug.asking import ask
-from quantplug.choices import choices, may_join
+from quantplug.choices import bytes_held, choices, may_join
 from quantplug.errors import PlanError
 from quantplug.kernel import Accepted, Rejected
 from quantplug.plan import Candidate, Choice, Decision
@@ -76,8 +76,8 @@ def select(
         ),
         key=lambda candidate: candidate.kernel,
     )
-    least = min((_held(problem, c) for c in candidates if c.measured), default=0)
-    heavy = {c.kernel for c in candidates if c.measured and _held(problem, c) > _MOST_TIMES_THE_BYTES * least}
+    least = min((bytes_held(problem, c) for c in candidates if c.measured), default=0)
+    heavy = {c.kernel for c in candidates if c.measured and bytes_held(problem, c) > _MOST_TIMES_THE_BYTES * least}
     candidates.sort(key=lambda candidate: _rank(candidate, kernels, heavy))
     accepted = [candidate for candidate in candidates if isinstance(candidate.verdict, Accepted)]
     pin = policy.pin(module)
@@ -155,11 +155,6 @@ def _ask(
             )
     accepted = isinstance(verdict, Accepted)
     return Candidate(name, provided.plugin, verdict, said, measurement.us if measurement and accepted else ())
-
-
-def _held(problem: LinearProblem | MoEProblem, candidate: Candidate) -> int:
-    """Return the bytes that an accepted candidate holds."""
-    return problem.stored_bytes + (candidate.verdict.extra_bytes if isinstance(candidate.verdict, Accepted) else 0)
 
 
 def _rank(

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
-from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor
-from quantplug_cublas.fit import SCALES, fill, sums
+from quantplug.spec import ElementType, PerChannel, PerTensor
+from quantplug_cublas.fit import fill, refuse_codes, shared_by, sums
 
 if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
@@ -112,19 +112,10 @@ def _refuse_weights(problem: MoEProblem) -> Rejected | None:
 
 
 def _refuse_weight(weight: WeightSpec) -> Rejected | None:
-    if weight.element is not ElementType.FLOAT8_E4M3FN:
-        return Rejected("element", f"codes are {weight.element}", ElementType.FLOAT8_E4M3FN)
-    if weight.act_order:
-        return Rejected("act_order", "g_idx gives inputs an order of their own", "weights in the order of inputs")
-    if weight.scale_dtype not in SCALES:
-        return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALES)}")
-    if weight.global_scale:
-        return Rejected("dtype", "a global scale multiplies the scales", "scales without one")
-    shared = weight.granularity
-    if not isinstance(shared, PerTensor | PerChannel):
-        blocks = f"blocks of {shared.n} x {shared.k}" if isinstance(shared, PerBlock) else weight.describe()
-        return Rejected("granularity", f"scales of {blocks}", "one scale, or one per row")
-    return None
+    refusal = refuse_codes(weight, (ElementType.FLOAT8_E4M3FN,))
+    if refusal is None and not isinstance(weight.granularity, PerTensor | PerChannel):
+        return Rejected("granularity", f"scales of {shared_by(weight)}", "one scale, or one per row")
+    return refusal
 
 
 def _refuse_activation(problem: MoEProblem) -> Rejected | None:

@@ -10,8 +10,10 @@ from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
 from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from quantplug.platform import Platform
-    from quantplug.spec import ActivationSpec, LinearProblem, SegmentSpec
+    from quantplug.spec import ActivationSpec, LinearProblem, SegmentSpec, WeightSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
 ELEMENTS = (ElementType.FLOAT8_E4M3FN, ElementType.FLOAT8_E5M2)
@@ -140,23 +142,36 @@ def _refuse_weight(problem: LinearProblem) -> Rejected | None:
         kinds = " and ".join(dict.fromkeys(segment.weight.describe() for segment in problem.segments))
         return Rejected("segments", f"segments differ: {kinds}", "split the call, as the core does")
     weight = problem.segments[0].weight
-    if weight.element not in ELEMENTS:
-        return Rejected("element", f"codes are {weight.element}", " or ".join(ELEMENTS))
+    refusal = refuse_codes(weight, ELEMENTS)
+    if refusal is not None:
+        return refusal
+    if not isinstance(weight.granularity, PerTensor | PerChannel) and weight.granularity != PerBlock(BLOCK, BLOCK):
+        wanted = f"per tensor, per channel, or blocks of {BLOCK} x {BLOCK}"
+        return Rejected("granularity", shared_by(weight), wanted)
+    sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
+    for name, size in sizes:
+        if size < 1:
+            return Rejected("shape", f"{name} is {size}", "at least 1")
+    return None
+
+
+def refuse_codes(weight: WeightSpec, elements: Sequence[str]) -> Rejected | None:
+    """Return why torch's scaled products cannot take a weight's codes, of one of some types, and their scales."""
+    if weight.element not in elements:
+        return Rejected("element", f"codes are {weight.element}", " or ".join(elements))
     if weight.act_order:
         return Rejected("act_order", "g_idx gives inputs an order of their own", "weights in the order of inputs")
     if weight.scale_dtype not in SCALES:
         return Rejected("dtype", f"scales in {weight.scale_dtype}", f"use one of {', '.join(SCALES)}")
     if weight.global_scale:
         return Rejected("dtype", "a global scale multiplies the scales", "scales without one")
-    if not isinstance(weight.granularity, PerTensor | PerChannel) and weight.granularity != PerBlock(BLOCK, BLOCK):
-        shared = weight.granularity
-        blocks = f"blocks of {shared.n} x {shared.k}" if isinstance(shared, PerBlock) else weight.describe()
-        return Rejected("granularity", blocks, f"per tensor, per channel, or blocks of {BLOCK} x {BLOCK}")
-    sizes = (("in_features", problem.in_features), *(("out_features", s.out_features) for s in problem.segments))
-    for name, size in sizes:
-        if size < 1:
-            return Rejected("shape", f"{name} is {size}", "at least 1")
     return None
+
+
+def shared_by(weight: WeightSpec) -> str:
+    """Return what shares a scale, in words."""
+    shared = weight.granularity
+    return f"blocks of {shared.n} x {shared.k}" if isinstance(shared, PerBlock) else weight.describe()
 
 
 def _refuse_activation(problem: LinearProblem) -> Rejected | None:
