@@ -7,15 +7,20 @@ of it; a kernel that cannot be captured is timed between events, host included, 
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    Sampler = Callable[[], float]
+    """Takes a sample: returns microseconds of a call."""
 
 COLD_BYTES = {"cpu": 96_000_000, "cuda": 200_000_000}
 """Weights that take turns hold at least this much: several times a GPU's cache, more than a core's share of a CPU's."""
@@ -62,24 +67,42 @@ def per_call(
         seconds: how long to measure, about; at least three samples are taken, whatever they take.
         graph: whether the call may be captured.
     """
+    [us] = in_turns([sampler(call, turns, device, graph=graph)], seconds=seconds)
+    return statistics.median(us)
+
+
+def sampler(
+    call: Callable[[Any], object], turns: Sequence[Any], device: torch.device, *, graph: bool = True
+) -> Sampler:
+    """Warm a call up, capture it where that is due, and return what takes a sample of it; arguments as `per_call`."""
     for turn in turns[:2]:
         call(turn)
     if device.type == "cuda":
-        return _replayed(call, turns, seconds) if graph else _between_events(call, turns, seconds)
-    wait = torch.accelerator.synchronize if device.type != "cpu" else _nothing
-    position = 0
+        return _replaying(call, turns) if graph else _long_enough(_between_events(call, turns))
+    return _long_enough(_on_the_host(call, turns, device))
 
-    def sample(calls: int) -> float:
-        nonlocal position
-        wait()
-        started = time.perf_counter()
-        for _ in range(calls):
-            call(turns[position % len(turns)])
-            position += 1
-        wait()
-        return (time.perf_counter() - started) / calls
 
-    return _median_us(sample, seconds)
+def in_turns(samplers: Sequence[Sampler], *, seconds: float, fewest: int = _FEWEST_SAMPLES) -> list[list[float]]:
+    """
+    Return the microseconds of each of several calls, sample by sample.
+
+    A GPU at its power limit is as fast as what ran shortly before lets it be. So calls that are compared take turns, a
+    sample each, in an order that is another one in every round; and a first round, in which it settles, does not count.
+
+    Args:
+        samplers: of the calls, see `sampler`; all that they captured lies in memory at once.
+        seconds: how long to measure each, about.
+        fewest: rounds that are made whatever they take.
+    """
+    order, dice = list(range(len(samplers))), random.Random(0)  # noqa: S311  # an order, no secret
+    found: list[list[float]] = [[] for _ in samplers]
+    started, rounds = time.perf_counter(), -1
+    while rounds < fewest or (rounds < _SAMPLES and time.perf_counter() - started < seconds * len(samplers)):
+        dice.shuffle(order)
+        for number in order:
+            found[number].append(samplers[number]())
+        rounds += 1
+    return [us[1:] for us in found]
 
 
 def ceilings(device: torch.device, dtypes: Sequence[str], *, seconds: float = 0.3) -> Ceilings:
@@ -100,34 +123,44 @@ def _nothing() -> None:
     """What there is to wait for where calls are done when they return."""
 
 
-def _median_us(sample: Callable[[int], float], seconds: float) -> float:
-    """Return the median of samples, each of so many calls that it takes long enough to be read off a clock."""
-    first = max(1e-7, sample(1))
-    calls = max(1, round(_SAMPLE_SECONDS / first))
-    affordable = int(seconds / (first * calls))
-    count = min(_SAMPLES, max(_FEWEST_SAMPLES, affordable))
-    return statistics.median(sample(calls) for _ in range(count)) * 1e6
+def _long_enough(sample: Callable[[int], float]) -> Sampler:
+    """Return a sampler of so many calls that it takes long enough to be read off a clock; `sample` gives seconds."""
+    calls = max(1, round(_SAMPLE_SECONDS / max(1e-7, sample(1))))
+    return lambda: sample(calls) * 1e6
 
 
-def _between_events(call: Callable[[Any], object], turns: Sequence[Any], seconds: float) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    position = 0
+def _on_the_host(call: Callable[[Any], object], turns: Sequence[Any], device: torch.device) -> Callable[[int], float]:
+    wait = _nothing if device.type == "cpu" else torch.accelerator.synchronize
+    following = cycle(turns)
 
     def sample(calls: int) -> float:
-        nonlocal position
+        wait()
+        started = time.perf_counter()
+        for turn in islice(following, calls):
+            call(turn)
+        wait()
+        return (time.perf_counter() - started) / calls
+
+    return sample
+
+
+def _between_events(call: Callable[[Any], object], turns: Sequence[Any]) -> Callable[[int], float]:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    following = cycle(turns)
+
+    def sample(calls: int) -> float:
         begin.record()
-        for _ in range(calls):
-            call(turns[position % len(turns)])
-            position += 1
+        for turn in islice(following, calls):
+            call(turn)
         end.record()
         end.synchronize()
         milliseconds: float = begin.elapsed_time(end)
         return milliseconds / 1e3 / calls
 
-    return _median_us(sample, seconds)
+    return sample
 
 
-def _replayed(call: Callable[[Any], object], turns: Sequence[Any], seconds: float) -> float:
+def _replaying(call: Callable[[Any], object], turns: Sequence[Any]) -> Sampler:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -137,23 +170,24 @@ def _replayed(call: Callable[[Any], object], turns: Sequence[Any], seconds: floa
             call(turn)
         end.record()
         end.synchronize()
-        once = max(2e-6, begin.elapsed_time(end) / 1e3 / len(turns))
+        once: float = max(2e-6, begin.elapsed_time(end) / 1e3 / len(turns))
     torch.cuda.current_stream().wait_stream(stream)
     # All turns as often as it takes, or, of a call that takes long, a few of them.
     used = turns[: max(1, round(10 * _SAMPLE_SECONDS / once))]
-    rounds = max(1, round(_SAMPLE_SECONDS / (once * len(used))))
+    repeats = max(1, round(_SAMPLE_SECONDS / (once * len(used))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(rounds):
+        for _ in range(repeats):
             for turn in used:
                 call(turn)
-    times: list[float] = []
-    started = time.perf_counter()
-    # Two replays warm up.
-    while len(times) < _FEWEST_SAMPLES + 2 or (len(times) < _SAMPLES + 2 and time.perf_counter() - started < seconds):
+    graph.replay()  # the first one takes longer
+
+    def sample() -> float:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / (rounds * len(used)))
-    return statistics.median(times[2:])
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds * 1e3 / (repeats * len(used))
+
+    return sample
