@@ -1,10 +1,12 @@
 """
-The second phase: one process, one call after the other, everything about one layer and number of rows close together.
+The second phase: one process, and everything about one layer and number of rows in turns.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +14,23 @@ import torch
 from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.checking import Checked, make
 from benchmarks.gpu.contenders import Contender, Held
-from quantplug.stopwatch import cold_copies, per_call
+from benchmarks.gpu.hostcost import enqueue_us, is_enqueued
+from quantplug.stopwatch import cold_copies, in_turns, sampler
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
     from benchmarks.gpu.cases import Case, Kind
     from benchmarks.gpu.ceilings import Ceilings
+    from quantplug.stopwatch import Sampler
+
+    Work = tuple[Hashable, int]
+    """What a call computes, and for how many rows: see `Contender.work`."""
 
 _SECONDS = 0.01
-"""How long graphs of one contender are replayed, at least; at least three samples, each of 2 ms or longer."""
+"""How long graphs of one contender are replayed, at least; each sample takes 2 ms or longer."""
+_ROUNDS = 5
+"""How many samples of each contender count, at least."""
 
 
 @dataclass(slots=True)
@@ -32,7 +41,9 @@ class Point:
     Attributes:
         kind, format, layer, rows: what was measured.
         roof_us: the larger of reading weights once and of all products at the device's rate.
-        us: microseconds of a call, by contender.
+        us: microseconds of a call, by contender: the median of its rounds.
+        rounds: the same, round by round.
+        host_us: microseconds that the host takes to enqueue a call, by contender; where that is measured.
         chosen: the kernel that a plan takes, by the way it comes to it (`choice.WAYS`); "" when it takes none. Follows
             from the others, and so is no part of the JSON.
     """
@@ -43,6 +54,8 @@ class Point:
     rows: int
     roof_us: float
     us: dict[str, float] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    host_us: dict[str, float] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,42 +69,80 @@ def measure(
     checked: list[Checked], cases: list[Case], rows: dict[Kind, tuple[int, ...]], limits: Ceilings
 ) -> Iterator[Point]:
     """Yield a point for each layer and number of rows, in the order of layers."""
-    known: dict[tuple[Hashable, int], float] = {}
+    known: dict[Work, list[float]] = {}
+    enqueued: dict[Work, float] = {}
     for case in cases:
         running = [(make(r.name, case.kind), r) for r in checked if r.case == case and r.errors]
-        layers: dict[str, list[Held]] = {}
+        layers = _Layers(case)
         for count in rows[case.kind]:
             point = Point(case.kind, case.format, case.layer, count, limits.roof_us(case, count))
-            inputs = case.inputs(count, CUDA)
-            for contender, result in running:
-                if count not in result.errors:
-                    continue
-                work = contender.work(case), count
-                try:
-                    if work not in known:
-                        if contender.name not in layers:
-                            layers[contender.name] = _copies(contender, case)
-                        known[work] = _time(contender, case, inputs, layers[contender.name])
-                    point.us[contender.name] = known[work]
-                except Exception as error:  # noqa: BLE001  # who breaks must not take the others with it
-                    print(f"not measured: {contender.name} for {case.format}, {case.layer}, M = {count}: {error}")
+            works = {each: (each.work(case), count) for each, result in running if count in result.errors}
+            known |= _rounds({each: work for each, work in works.items() if work not in known}, point, layers)
+            point.rounds = {each.name: known[work] for each, work in works.items() if work in known}
+            point.us = {name: median(us) for name, us in point.rounds.items()}
+            if is_enqueued(case, count):
+                enqueued |= _enqueued(
+                    {each: work for each, work in works.items() if work not in enqueued}, point, layers
+                )
+                point.host_us = {each.name: enqueued[work] for each, work in works.items() if work in enqueued}
             yield point
         del layers
         torch.cuda.empty_cache()
 
 
-def _copies(contender: Contender, case: Case) -> list[Held]:
-    """Return so many copies of a layer that they are cold when their turn comes."""
-    held = contender.prepare(case)
-    return [Held(tensors, held.facts) for tensors in cold_copies(held.tensors, CUDA)]
+class _Layers:
+    """A layer as contenders hold it, each from when it is first asked: copies, so many that they are cold in turns."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._held: dict[str, list[Held]] = {}
+
+    def of(self, contender: Contender) -> list[Held]:
+        """Return the copies."""
+        if contender.name not in self._held:
+            held = contender.prepare(self.case)
+            self._held[contender.name] = [Held(some, held.facts) for some in cold_copies(held.tensors, CUDA)]
+        return self._held[contender.name]
 
 
-def _time(contender: Contender, case: Case, inputs: list[Any], layers: list[Held]) -> float:
-    ready = [contender.ready(given, case) for given in inputs]
-    count = max(len(ready), len(layers))
-    turns = [(ready[turn % len(ready)], layers[turn % len(layers)]) for turn in range(count)]
+def _rounds(works: dict[Contender, Work], point: Point, layers: _Layers) -> dict[Work, list[float]]:
+    """Return the microseconds of contenders that take turns; what all of them captured is let go of then."""
+    inputs = layers.case.inputs(point.rows, CUDA)
+    samplers: dict[Work, Sampler] = {}
+    for contender, work in works.items():
+        with _without_who_breaks(contender, point):
+            samplers[work] = _sampler(contender, inputs, layers)
+    return dict(zip(samplers, in_turns(list(samplers.values()), seconds=_SECONDS, fewest=_ROUNDS), strict=True))
+
+
+def _sampler(contender: Contender, inputs: list[Any], layers: _Layers) -> Sampler:
+    case = layers.case
+    ready, copies = [contender.ready(given, case) for given in inputs], layers.of(contender)
+    count = max(len(ready), len(copies))
+    turns = [(ready[turn % len(ready)], copies[turn % len(copies)]) for turn in range(count)]
 
     def call(turn: tuple[Any, Held]) -> torch.Tensor:
         return contender.call(*turn, case)
 
-    return per_call(call, turns, CUDA, seconds=_SECONDS)
+    return sampler(call, turns, CUDA)
+
+
+def _enqueued(works: dict[Contender, Work], point: Point, layers: _Layers) -> dict[Work, float]:
+    """Return the microseconds that the host takes for a call of each contender."""
+    found: dict[Work, float] = {}
+    given = layers.case.inputs(point.rows, CUDA)[0]
+    for contender, work in works.items():
+        if contender.role != "informative":
+            with _without_who_breaks(contender, point):
+                ready, held = contender.ready(given, layers.case), layers.of(contender)[0]
+                found[work] = enqueue_us(contender.bound(ready, held, layers.case))
+    return found
+
+
+@contextmanager
+def _without_who_breaks(contender: Contender, point: Point) -> Iterator[None]:
+    """Say who breaks, and why, and go on with the others."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # who breaks must not take the others with it
+        print(f"not measured: {contender.name} for {point.format}, {point.layer}, M = {point.rows}: {error}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.gpu.choice import WAYS, choose
 from benchmarks.gpu.measuring import Point
-from benchmarks.gpu.table import LIMIT, Names, above, compact, everyone, legend, summary
+from benchmarks.gpu.table import LIMIT, Names, above, compact, everyone, host, legend, repeats, summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,12 +68,14 @@ def read(file: Path) -> Report:
 
 def markdown(report: Report, *, whole: bool) -> list[str]:
     """Return the tables of README.md; `whole` with everyone's figures, which are many."""
-    lines = [report.machine]
+    lines = [" ".join(filter(None, (report.machine, repeats(report.points))))]
     for kind, title in _TITLES.items():
         points = [point for point in report.points if point.kind == kind]
         if points:
             lines += ["", f"### {title}", "", *_section(points, report.names[kind])]
             lines += ["", "Everyone, microseconds:", "", *everyone(points)] if whole else []
+        if any(point.host_us for point in points):
+            lines += ["", "### Host cost per call", "", *_host(points, report.names[kind])]
     if report.refusals:
         lines += ["", "Not run:", "", *(f"- {line}" for line in report.refusals)]
     return lines
@@ -108,6 +110,17 @@ def _section(points: Sequence[Point], names: Names) -> list[str]:
         f"What a plan takes with {WAYS[-1]}, and is above {LIMIT} times the best peer:",
         "",
         *above(points, names),
+    ]
+
+
+def _host(points: Sequence[Point], names: Names) -> list[str]:
+    rows = dict.fromkeys(str(point.rows) for point in points if point.host_us)
+    layers = dict.fromkeys(point.layer for point in points if point.host_us)
+    where = f"{', '.join(layers)}, M = {' / '.join(rows)}"
+    return [
+        f"Microseconds of the host until a call is enqueued, without a graph: {where}.",
+        "",
+        *host(points, names),
     ]
 
 

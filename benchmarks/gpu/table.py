@@ -8,7 +8,8 @@ them: it holds two to four times the memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, log
+from math import ceil, exp, log
+from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu.choice import WAYS
@@ -149,6 +150,34 @@ def everyone(points: Sequence[Point]) -> list[str]:
             at = {point.rows: point.roof_us if name == "roof" else point.us.get(name) for point in some}
             lines.append(f"| {kind}, {layer} | {name} | {' | '.join(spelled(at.get(m), 1) for m in rows)} |")
     return lines
+
+
+def host(points: Sequence[Point], names: Names) -> list[str]:
+    """Return what a call costs the host, a line for each contender; a cell has a figure for each number of rows."""
+    some = [point for point in points if point.host_us]
+    formats, rows = (list(dict.fromkeys(found)) for found in ([p.format for p in some], [p.rows for p in some]))
+    lines = [f"| contender | {' | '.join(formats)} |", "|---" * (1 + len(formats)) + "|"]
+    at = {(point.format, point.rows): point.host_us for point in some}
+    for name in (*names.ours, *names.peers, *names.references):
+        figures = {kind: [at.get((kind, count), {}).get(name) for count in rows] for kind in formats}
+        cells = [" / ".join(spelled(us, 1) for us in each) if any(each) else "-" for each in figures.values()]
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def repeats(points: Sequence[Point]) -> str:
+    """Return a sentence about what repeats differ by; "" where nothing was repeated."""
+    # What is measured once is there for several formats.
+    rounds = {tuple(us) for point in points for us in point.rounds.values() if len(us) > 1}
+    if not rounds:
+        return ""
+    ranges = sorted(100 * (max(us) - min(us)) / median(us) for us in rounds)
+    most = ranges[ceil(0.95 * len(ranges)) - 1]
+    return (
+        f"Each figure is a median of rounds, whose lowest and highest are {median(ranges):.1f} % of it apart (median "
+        f"of {len(ranges)} figures; for 95 % of them at most {most:.1f} %)."
+    )
 
 
 def _mean(ratios: Iterable[float | None]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from statistics import median
+
 import pytest
 import torch
-from benchmarks.gpu import checking, measuring
+from benchmarks.gpu import checking, hostcost, measuring
 from benchmarks.gpu.cases import Case, LinearCase
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.checking import Checked
@@ -53,12 +56,19 @@ class Experts(Contender):
         return self.off * case.right(given, quantized=False)[1]
 
 
+def sampler(call, turns, device):
+    """Call once, as capturing does, and sample the number of rows."""
+    rows = float(call(turns[0]).shape[0])
+    return lambda: rows
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for module in (checking, measuring):
         monkeypatch.setattr(module, "CUDA", CPU)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(measuring, "per_call", lambda call, turns, device, seconds: float(call(turns[0]).shape[0]))
+    monkeypatch.setattr(measuring, "sampler", sampler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return monkeypatch
 
 
@@ -104,6 +114,49 @@ def test_what_breaks_while_it_is_measured_is_said(on_cpu, capsys):
     [point] = measuring.measure([checked], [case], {"linear": (1,)}, LIMITS)
     assert point.us == {}
     assert "not measured: toy for int4 g128, 128 x 256, M = 1: cannot be captured" in capsys.readouterr().out
+
+
+def test_contenders_of_a_point_take_turns_and_each_work_is_measured_once(on_cpu):
+    taken = []
+
+    class Named(Reference):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def call(self, given, held, case):
+            y = super().call(given, held, case)
+            return torch.cat([y, y]) if self.name == "twice" else y
+
+    def watched(call, turns, device):
+        rows = float(call(turns[0]).shape[0])
+        return lambda: taken.append(rows) or rows + len(taken) / 1000
+
+    on_cpu.setattr(measuring, "sampler", watched)
+    on_cpu.setattr(measuring, "make", lambda name, kind: Named(name))
+    cases = [LinearCase(kind, 128, 256) for kind in ("fp8 weight-only", "fp8 channel w8a8")]
+    checked = [Checked(name, case, errors={8: 0.0}) for case in cases for name in ("once", "twice")]
+    first, second = measuring.measure(checked, cases, {"linear": (8,)}, LIMITS)
+    assert len(taken) >= 2 * 6
+    assert all(sorted(taken[n : n + 2]) == [8.0, 16.0] for n in range(0, len(taken), 2))
+    assert set(taken[::2]) == {8.0, 16.0}, "the same one first in every round"
+    assert {name: len(us) for name, us in first.rounds.items()} == dict.fromkeys(("once", "twice"), len(taken) // 2 - 1)
+    assert first.us == {name: pytest.approx(median(us)) for name, us in first.rounds.items()}
+    assert second.rounds == first.rounds
+
+
+def test_a_call_is_enqueued_as_a_layer_makes_it_for_one_layer_and_few_rows(on_cpu):
+    on_cpu.setattr(hostcost, "HOST_SHAPE", (128, 256))
+    play(on_cpu, Reference())
+    case, rows = LinearCase("int4 g128", 128, 256), {"linear": (1, 2, 16)}
+    checked = checking._check(("toy", case, rows["linear"]))
+    host = {point.rows: list(point.host_us) for point in measuring.measure([checked], [case], rows, LIMITS)}
+    assert host == {1: ["toy"], 2: [], 16: ["toy"]}
+
+
+def test_the_time_of_a_series_of_calls_is_shared_out(on_cpu):
+    on_cpu.setattr(hostcost, "_CALLS", 10)
+    assert 1000 < hostcost.enqueue_us(lambda: time.sleep(0.001)) < 20_000
 
 
 def test_a_point_knows_its_roof(on_cpu):

@@ -9,7 +9,7 @@ from benchmarks.gpu.__main__ import wanted
 from benchmarks.gpu.choice import WAYS, choose
 from benchmarks.gpu.measuring import Point
 from benchmarks.gpu.report import BEGIN, END, Report, markdown, put, read
-from benchmarks.gpu.table import Names, above, best, compact, everyone, labels, legend, progress, summary
+from benchmarks.gpu.table import Names, above, best, compact, everyone, host, labels, legend, progress, repeats, summary
 
 NAMES = Names(("marlin.wna16", "marlin.wna16.dense", "humming.w16"), ("humming", "torch int4"), ("bf16 F.linear",))
 
@@ -18,7 +18,7 @@ def point(rows: int = 1, chosen: str = "marlin.wna16", best_way: str = "marlin.w
     spelled = {"marlin": "marlin.wna16", "dense": "marlin.wna16.dense", "bf16": "bf16 F.linear"}
     times = {spelled.get(name, name): value for name, value in us.items()}
     taken = {way: best_way if way == WAYS[-1] else chosen for way in WAYS}
-    return Point("linear", "int4 g128", "4096 x 4096", rows, 2.5, times, taken)
+    return Point("linear", "int4 g128", "4096 x 4096", rows, 2.5, times, chosen=taken)
 
 
 def test_the_reference_is_no_peer():
@@ -70,6 +70,26 @@ def test_everyone_has_a_line_and_the_roof_has_one():
     ]
 
 
+def test_what_a_call_costs_the_host_is_told_by_contender_and_format():
+    some = [point(1), point(16), point(64)]
+    some[0].host_us = {"marlin.wna16": 14.26, "bf16 F.linear": 4.0}
+    some[1].host_us = {"marlin.wna16": 15.0}
+    assert host(some, NAMES) == [
+        "| contender | int4 g128 |",
+        "|---|---|",
+        "| marlin.wna16 | 14.3 / 15.0 |",
+        "| bf16 F.linear | 4.0 / - |",
+    ]
+
+
+def test_what_repeats_differ_by_is_the_range_of_rounds_over_their_median():
+    some = [point(1), point(16)]
+    assert repeats(some) == ""
+    some[0].rounds = {"marlin.wna16": [9.9, 10.0, 10.1], "humming": [20.0, 20.0, 20.2]}
+    some[1].rounds = {"marlin.wna16": [9.0, 10.0, 11.0], "humming": [20.0, 20.0, 20.2]}
+    assert "are 2.0 % of it apart (median of 3 figures; for 95 % of them at most 20.0 %)" in repeats(some)
+
+
 def test_who_is_wanted_may_be_spelled_in_any_case():
     assert wanted("DeepGEMM", ["marlin*", "deep*"])
     assert wanted("fp8 channel w8a8", ["FP8*"])
@@ -88,6 +108,7 @@ def test_a_report_reads_what_it_wrote(tmp_path, kinds):
     points = [Point("linear", "int4 g128", "4096 x 4096", 1, 2.5, {"marlin.wna16": 5.0, "humming": 10.0})]
     if "experts" in kinds:
         points.append(Point("experts", "int4 g128", "Mixtral 8x7B", 1, 57.0, {"marlin.moe": 80.0}))
+    points[0].rounds, points[0].host_us = {"marlin.wna16": [4.9, 5.0, 5.1]}, {"marlin.wna16": 14.0}
     names = {"linear": NAMES, "experts": Names(("marlin.moe",), (), ())}
     report = Report(
         "One GPU.", "cuda:9.0", {kind: names[kind] for kind in kinds}, points, ["humming, fp8: not installed"]
@@ -95,7 +116,8 @@ def test_a_report_reads_what_it_wrote(tmp_path, kinds):
     report.write(tmp_path / "run.json")
     assert read(tmp_path / "run.json") == report
     lines = markdown(read(tmp_path / "run.json"), whole=False)
-    assert lines[0] == "One GPU."
+    assert lines[0].startswith("One GPU. Each figure is a median of rounds, whose lowest and highest are 4.0 % of it")
+    assert "Microseconds of the host until a call is enqueued, without a graph: 4096 x 4096, M = 1." in lines
     assert ("### Experts" in lines) == ("experts" in kinds)
     assert lines[-1] == "- humming, fp8: not installed"
 
@@ -109,7 +131,7 @@ def test_a_plan_is_asked_in_each_way():
     assert points[1].chosen["estimated, two layouts"] == "cublas.w8a8"
     assert {point.chosen["tuned"] for point in points} == {"cublas.w8a8"}
     assert {point.chosen[WAYS[-1]] for point in points} == {"cublas.w8a8.fast"}
-    assert points[0].to_json().keys() == {"kind", "format", "layer", "rows", "roof_us", "us"}
+    assert points[0].to_json().keys() == {"kind", "format", "layer", "rows", "roof_us", "us", "rounds", "host_us"}
 
 
 def test_tables_take_the_place_of_those_between_the_marks():
