@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from quantplug.choices import ROW_BUCKETS
 from quantplug.errors import PlanError
 from quantplug.inventory import ModuleInfo
 from quantplug.policy import Policy
@@ -53,6 +54,11 @@ def test_a_budget_is_bytes_or_a_text_as_people_write_it(said: object, count: int
     assert Policy.parse({"layout_budget": said}, "policy").layout_budget == count
 
 
+def test_the_numbers_of_rows_that_count_are_those_of_all_uses_unless_the_policy_names_some() -> None:
+    assert Policy.parse({}, "policy").rows == Policy().rows == ROW_BUCKETS
+    assert Policy.parse({"rows": [64, 1, 64]}, "policy").rows == (1, 64)
+
+
 @pytest.mark.parametrize(
     ("table", "text"),
     [
@@ -66,6 +72,11 @@ def test_a_budget_is_bytes_or_a_text_as_people_write_it(said: object, count: int
         ({"rule": [{"deny": [3]}]}, "deny is [3]"),
         ({"rule": [{"deny": "a", "match": 3}]}, "match is 3"),
         ({"rule": [{"deny": "a", "when": "M<16"}]}, "unknown key 'when'"),
+        ({"rows": []}, "rows: is []"),
+        ({"rows": 16}, "rows: is 16"),
+        ({"rows": [1, 0]}, "from 1 to"),
+        ({"rows": [True]}, "rows: is [True]"),
+        ({"rows": ["1"]}, "such as [1, 16, 2048]"),
         ({"layout_budget": -1}, "layout_budget: is -1"),
         ({"layout_budget": True}, "layout_budget: is True"),
         ({"layout_budget": "4 GiB"}, "layout_budget: is '4 GiB'"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from toy_checkpoints import toy_registry
 
+from quantplug.choices import ROW_BUCKETS
 from quantplug.errors import PlanError
 from quantplug.hooks import hookimpl
 from quantplug.inventory import ModuleInfo
-from quantplug.kernel import Accepted, Cost, Rejected, Traits, Verdict
+from quantplug.kernel import Accepted, Cost, LinearKernel, Rejected, Traits, Verdict
 from quantplug.plan import Choice
 from quantplug.planner import probe_kernels
 from quantplug.platform import Platform
@@ -20,6 +22,9 @@ from quantplug.policy import Policy
 from quantplug.select import select
 from quantplug.spec import ElementType, LinearProblem, PerChannel, PerGroup, SegmentSpec, WeightSpec
 from quantplug_testkit import toys
+
+if TYPE_CHECKING:
+    from quantplug.registry import Registry
 
 CPU = Platform.parse("cpu")
 MODULE = ModuleInfo("model.layers.0.mlp.up_proj", "linear")
@@ -35,14 +40,57 @@ def policy(*rules: dict[str, object]) -> Policy:
     return Policy.parse({"rule": list(rules)}, "test policy")
 
 
-def test_the_cheapest_for_one_row_comes_first_and_another_of_its_layout_takes_the_many_rows() -> None:
+def test_the_cheapest_on_average_comes_first_and_kernels_of_its_layout_share_the_rows() -> None:
     """At cost 5 + 2 M against 20 + M / 2 the lines cross at M = 10, so the bucket from 16 on is the other's."""
     decision = select(problem(), MODULE, CPU, toy_registry(), Policy(), {})
     assert decision.choices == (Choice("toy.fast", "toy", 0, 15), Choice("toy.many", "toy", 16, None))
     assert decision.layouts == ("toy",)
     assert [c.kernel for c in decision.candidates] == [
-        "toy.fast", "toy.many", "toy.fast.dense", "toy.many.dense", "reference",
+        "toy.many", "toy.fast", "toy.fast.dense", "toy.many.dense", "reference",
     ]  # fmt: skip
+
+
+def vendor_of(*kernels: LinearKernel) -> Registry:
+    @hookimpl
+    def quantplug_kernels() -> list[object]:
+        return list(kernels)
+
+    return build_registry({"vendor": SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)})
+
+
+def kernel_of(kernel: str, layout: str, cost: Cost, *, extra: int = 0) -> LinearKernel:
+    class Kernel(toys.ToyKernel):
+        name, layout_id = kernel, layout
+
+        def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
+            return Accepted(cost, extra_bytes=extra, dequantize_us=1e9)
+
+    return Kernel()
+
+
+def test_layouts_are_compared_by_the_mean_time_of_their_kernels_over_the_numbers_of_rows_that_count() -> None:
+    """Alone neither of b's kernels is best: together they take 9 for one row (a takes 6), and a sixth of a for many."""
+    registry = vendor_of(
+        kernel_of("a.all", "a", Cost(5.0, 1.0)),
+        kernel_of("b.few", "b", Cost(1.0, 8.0)),
+        kernel_of("b.many", "b", Cost(20.0, 1 / 6)),
+    )
+    layouts = {
+        rows: select(problem(), MODULE, CPU, registry, Policy(rows=rows), {}).layouts
+        for rows in [ROW_BUCKETS, (1,), (1, 2), (1, 8192)]
+    }
+    assert layouts == {ROW_BUCKETS: ("b",), (1,): ("a",), (1, 2): ("a",), (1, 8192): ("b",)}
+    decision = select(problem(), MODULE, CPU, registry, Policy(rows=(1, 8192)), {})
+    assert decision.choices == (Choice("b.few", "b", 0, 3), Choice("b.many", "b", 4, None))
+
+
+def test_by_estimates_too_a_layout_of_far_more_bytes_is_not_chosen_for_its_time_alone() -> None:
+    stored = problem().stored_bytes
+    for extra, chosen in ((stored // 2, "a.dense"), (stored // 2 + 1, "b.codes")):
+        registry = vendor_of(
+            kernel_of("a.dense", "a", Cost(1.0, 0.1), extra=extra), kernel_of("b.codes", "b", Cost(5.0, 1.0))
+        )
+        assert select(problem(), MODULE, CPU, registry, Policy(), {}).kernel == chosen
 
 
 def test_every_refusal_is_kept_with_its_reason() -> None:
@@ -155,12 +203,7 @@ def test_on_an_accelerator_no_kernel_takes_over_that_cannot_be_captured() -> Non
         def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
             return Accepted(Cost(20.0, 0.5), dequantize_us=1e6)
 
-    @hookimpl
-    def quantplug_kernels() -> list[object]:
-        return [Few(), Waits()]
-
-    vendor = SimpleNamespace(quantplug_api=">=1,<2", quantplug_kernels=quantplug_kernels)
-    registry = build_registry({"vendor": vendor})
+    registry = vendor_of(Few(), Waits())
     gpu = Platform.parse("cuda:9.0")
     assert select(problem(), MODULE, gpu, registry, Policy(), {}).choices == (Choice("a.few", "a"),)
     assert select(problem(), MODULE, CPU, registry, Policy(), {}).choices[1] == Choice("a.waits", "a", 16, None)

@@ -4,6 +4,7 @@ Who serves how many rows: kernels that can run what a layer holds, compared at e
 
 from __future__ import annotations
 
+from math import exp, log
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted
@@ -11,7 +12,7 @@ from quantplug.plan import Choice
 from quantplug.timings import time_at
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Literal
 
     from quantplug.moe import MoEProblem
@@ -35,6 +36,16 @@ def time_of(candidate: Candidate, rows: int, basis: Literal["estimated", "measur
     if not isinstance(candidate.verdict, Accepted):
         raise TypeError(f"{candidate.kernel} was refused and has no cost")
     return candidate.verdict.cost.at(rows)
+
+
+def time_of_fastest(candidates: Iterable[Candidate], rows: int, basis: Literal["estimated", "measured"]) -> float:
+    """Return the microseconds of whoever of some accepted candidates is fastest for M = `rows`."""
+    return min(time_of(candidate, rows, basis) for candidate in candidates)
+
+
+def mean_time(candidates: Sequence[Candidate], rows: Sequence[int], basis: Literal["estimated", "measured"]) -> float:
+    """Return the geometric mean of `time_of_fastest` over numbers of rows."""
+    return exp(sum(log(time_of_fastest(candidates, m, basis)) for m in rows) / len(rows))
 
 
 def choices(

@@ -75,7 +75,7 @@ class Decision:
         choices: by rising rows, without gaps.
         candidates: everyone who was asked, best first, with the answers.
         basis: "measured" when measured times decided, else "estimated".
-        extra_bytes: that weights in a second layout take in each layer; 0 where all choices read one layout.
+        extra_bytes: that each layer takes beyond one copy of its weights; 0 where all choices read one layout.
     """
 
     choices: tuple[Choice, ...]
@@ -87,6 +87,10 @@ class Decision:
     def kernel(self) -> str:
         """The kernel that serves a single row."""
         return self.choices[0].kernel
+
+    def at(self, rows: int) -> str:
+        """Return the kernel that serves M = `rows`."""
+        return next(c.kernel for c in self.choices if c.max_rows is None or rows <= c.max_rows)
 
     @property
     def layouts(self) -> tuple[str, ...]:

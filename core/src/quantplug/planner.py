@@ -239,7 +239,7 @@ def _plan(files: _Files, inventory: Inventory, around: _Surroundings, elsewhere:
     )
     planned = tuple(layers.plan(module) for module in inventory)
     left = stored.account(planned, inventory, elsewhere)
-    planned, decisions = spend(around.policy.layout_budget, planned, layers.decisions, around.platform, registry)
+    planned, decisions = spend(around.policy, planned, layers.decisions, around.platform, registry)
     report = matcher.report()
     scales = tuple(name for name in stored.kv_scales if name not in elsewhere)
     return Plan(

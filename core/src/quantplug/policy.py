@@ -1,5 +1,6 @@
 """
-What the caller wants of the choice of kernels: prefer, allow, deny or pin, per layer pattern; room for second layouts.
+What the caller wants of the choice of kernels: prefer, allow, deny or pin, per layer pattern; for which numbers of rows
+they are chosen; room for second layouts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from quantplug.choices import ROW_BUCKETS
 from quantplug.entries import path_entries
 from quantplug.errors import PlanError
 from quantplug.matcher import matches
@@ -27,6 +29,7 @@ Wish = Literal["pin", "prefer", "allow", "deny"]
 _WISHES: tuple[Wish, ...] = ("pin", "prefer", "allow", "deny")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,6})?) ?(?P<unit>|[kKMGT]?B)", re.ASCII)
+_MOST_ROWS = 1 << 31
 _EXAMPLE = 'for example:  [[rule]]  match = "re:.*down_proj"  deny = ["cpu.*"]'
 
 
@@ -67,10 +70,13 @@ class Policy:
         rules: in order; the first that names a kernel for a module holds.
         layout_budget: bytes that second copies of weights may take in all, for layers whose fastest kernels for few
             rows and for many read different layouts.
+        rows: numbers of rows M that a layout is chosen for, each counting as much as any other: (1,) for who only
+            decodes, alone.
     """
 
     rules: tuple[PolicyRule, ...] = ()
     layout_budget: int = 0
+    rows: tuple[int, ...] = ROW_BUCKETS
 
     def wish(self, module: ModuleInfo, kernel: str) -> PolicyRule | None:
         """Return the first rule that concerns the module and names the kernel."""
@@ -94,19 +100,20 @@ class Policy:
     def parse(cls, table: Mapping[str, object], origin: str) -> Policy:
         """
         Read the TOML form: a list `rule` of tables with `match` (optional) and one of `pin`, `prefer`, `allow`,
-        `deny`; and `layout_budget`, bytes or a text such as "4 GB".
+        `deny`; `layout_budget`, bytes or a text such as "4 GB"; and `rows`, a list of numbers.
 
         Raises:
             PlanError: `QP-PLAN-POLICY` naming the rule and the field.
         """
-        unknown = set(table) - {"rule", "layout_budget"}
+        unknown = set(table) - {"rule", "layout_budget", "rows"}
         if unknown:
-            raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "[[rule]] tables and layout_budget")
+            raise _malformed(origin, f"unknown key {sorted(unknown)[0]!r}", "[[rule]] tables, layout_budget and rows")
         listed = table.get("rule", [])
         if not isinstance(listed, list):
             raise _malformed(origin, "rule is not a list", "[[rule]] tables")
         rules = tuple(_parse_rule(item, f"{origin}: rule {number}") for number, item in enumerate(listed, 1))
-        return cls(rules, parse_bytes(table.get("layout_budget", 0), f"{origin}: layout_budget"))
+        budget = parse_bytes(table.get("layout_budget", 0), f"{origin}: layout_budget")
+        return cls(rules, budget, _parse_rows(table.get("rows", list(ROW_BUCKETS)), f"{origin}: rows"))
 
     @classmethod
     def from_toml(cls, path: Path) -> Policy:
@@ -144,6 +151,13 @@ def parse_bytes(value: object, origin: str) -> int:
     if found is None:
         raise _malformed(origin, f"is {value!r}", 'bytes, or a text such as "500 MB" or "4 GB"')
     return int(float(found["number"]) * _UNITS[found["unit"].upper()])
+
+
+def _parse_rows(value: object, origin: str) -> tuple[int, ...]:
+    listed = value if isinstance(value, list) else []
+    if not listed or any(not isinstance(m, int) or isinstance(m, bool) or not 0 < m <= _MOST_ROWS for m in listed):
+        raise _malformed(origin, f"is {value!r}", f"a list of numbers from 1 to {_MOST_ROWS}, such as [1, 16, 2048]")
+    return tuple(sorted(set(listed)))
 
 
 def _parse_rule(item: object, origin: str) -> PolicyRule:

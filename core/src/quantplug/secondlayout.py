@@ -1,16 +1,17 @@
 """
-A second copy of a layer's weights, in the layout of kernels that are faster for other numbers of rows.
+Weights of a layer in two layouts, each read by the kernels that are fastest for some numbers of rows.
 
-It takes about as much memory as the first, so that a plan has none unless the caller's policy names a budget.
+The second takes about as much memory as the first, so that a plan has none unless the caller's policy names a budget.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import log
 from typing import TYPE_CHECKING
 
-from quantplug.choices import ROW_BUCKETS, bytes_held, choices, may_join, time_of
+from quantplug.choices import ROW_BUCKETS, bytes_held, choices, may_join, time_of_fastest
 from quantplug.kernel import Accepted
 from quantplug.plan import Decision
 from quantplug.select import kernels_for
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
     from quantplug.plan import Candidate, LayerPlan
     from quantplug.platform import Platform
+    from quantplug.policy import Policy
     from quantplug.registry import Registry
 
 _WORTH = 1.05
@@ -34,8 +36,8 @@ class SecondLayout:
     What a second layout would bring to a layer.
 
     Attributes:
-        decision: kernels of both layouts, `extra_bytes` for each layer.
-        gain: mean logarithm of one layout's time over two's, over `ROW_BUCKETS`.
+        decision: kernels of both layouts, `extra_bytes` of each layer beyond those of the best layout alone.
+        gain: mean logarithm of one layout's time over two's, over the numbers of rows that count.
     """
 
     decision: Decision
@@ -43,12 +45,25 @@ class SecondLayout:
 
 
 def second_layout(
-    problem: LinearProblem | MoEProblem, decision: Decision, platform: Platform, registry: Registry
+    problem: LinearProblem | MoEProblem,
+    decision: Decision,
+    platform: Platform,
+    registry: Registry,
+    rows: Sequence[int] = ROW_BUCKETS,
 ) -> SecondLayout | None:
     """
-    Return the layout that gains most beside the one of a decision; None where none gains, or a policy named the kernel.
+    Return the two layouts that gain most over the one of a decision; None where none gain, or a policy named the
+    kernel.
 
-    Kernels of both must want a fused layer whole, or both in parts.
+    What is best alone, being a compromise, need not be one of the two. Kernels of both must want a fused layer whole,
+    or both in parts.
+
+    Args:
+        problem: what a layer asks.
+        decision: that for one layout.
+        platform: the machine it is for.
+        registry: who was asked.
+        rows: numbers of rows whose mean counts.
     """
     kernels = kernels_for(problem, registry)
     first = kernels[decision.kernel].item
@@ -68,34 +83,36 @@ def second_layout(
         alike = whole or kernel.traits.uniform_segments == first.traits.uniform_segments
         if alike and may_join(kernel, first, platform):
             layouts.setdefault(kernel.layout_id, []).append(candidate)
-    own = layouts.pop(first.layout_id)
-    one = [min(time_of(c, rows, decision.basis) for c in own) for rows in ROW_BUCKETS]
+    alone = layouts[first.layout_id]
+    one = bytes_held(problem, asked[decision.kernel])
     found: list[SecondLayout] = []
-    for layout, theirs in layouts.items():
-        two = [min(time_of(c, rows, decision.basis) for c in (*own, *theirs)) for rows in ROW_BUCKETS]
-        if max(before / after for before, after in zip(one, two, strict=True)) < _WORTH:
+    for pair in combinations(layouts, 2):
+        both = [candidate for layout in pair for candidate in layouts[layout]]
+        gains = [time_of_fastest(alone, m, decision.basis) / time_of_fastest(both, m, decision.basis) for m in rows]
+        chosen = choices(both, kernels, decision.basis)
+        held = {c.layout_id: 0 for c in chosen}
+        if max(gains) < _WORTH or len(held) == 1:  # or what gains lies between the rows that were measured
             continue
-        chosen = choices([*own, *theirs], kernels, decision.basis)
-        if not any(choice.layout_id == layout for choice in chosen):
-            continue  # what gains lies between the rows that were measured
-        held = max(bytes_held(problem, asked[c.kernel]) for c in chosen if c.layout_id == layout)
-        gain = sum(log(before / after) for before, after in zip(one, two, strict=True)) / len(ROW_BUCKETS)
-        found.append(SecondLayout(replace(decision, choices=chosen, extra_bytes=held), gain))
+        for choice in chosen:
+            held[choice.layout_id] = max(held[choice.layout_id], bytes_held(problem, asked[choice.kernel]))
+        gain = sum(map(log, gains)) / len(rows)
+        found.append(SecondLayout(replace(decision, choices=chosen, extra_bytes=sum(held.values()) - one), gain))
     return max(found, key=lambda each: (each.gain, -each.decision.extra_bytes), default=None)
 
 
 def spend(
-    budget: int,
+    policy: Policy,
     layers: Sequence[LayerPlan],
     decisions: Sequence[Decision],
     platform: Platform,
     registry: Registry,
 ) -> tuple[tuple[LayerPlan, ...], tuple[Decision, ...]]:
     """
-    Return a plan's layers and decisions with second layouts for as many layers as the budget allows, in bytes.
+    Return a plan's layers and decisions with second layouts for as many layers as a policy's budget allows.
 
     Who gains most comes first; layers that ask the same get one together or not at all.
     """
+    budget = policy.layout_budget
     if budget <= 0:
         return tuple(layers), tuple(decisions)
     found: dict[int, SecondLayout] = {}
@@ -104,8 +121,10 @@ def spend(
         index, problem = layer.decision, layer.problem
         if index is None or problem is None:
             continue
-        if index not in counts and (offer := second_layout(problem, decisions[index], platform, registry)) is not None:
-            found[index] = offer
+        if index not in counts:
+            offer = second_layout(problem, decisions[index], platform, registry, policy.rows)
+            if offer is not None:
+                found[index] = offer
         counts[index] = counts.get(index, 0) + 1
     made = list(decisions)
     for index, offer in sorted(found.items(), key=lambda item: (-item[1].gain, item[0])):

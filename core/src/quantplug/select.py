@@ -8,16 +8,14 @@ import math
 from typing import TYPE_CHECKING
 
 from quantplug.asking import ask
-from quantplug.choices import bytes_held, choices, may_join
+from quantplug.choices import bytes_held, choices, may_join, mean_time
 from quantplug.errors import PlanError
 from quantplug.kernel import Accepted, Rejected
 from quantplug.plan import Candidate, Choice, Decision
 from quantplug.spec import LinearProblem
-from quantplug.timings import time_at
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Mapping, Sequence
     from typing import Literal
 
     from quantplug.inventory import ModuleInfo
@@ -47,13 +45,14 @@ def select(
     """
     Choose the kernels of one layer.
 
-    The candidates are ordered by (policy, measured time of one row, estimated cost of one row, name), last resorts
-    behind all others. The first gives the layout; for more rows, faster kernels that share that layout take over, but
-    on an accelerator none that would keep a layer from being captured in a graph.
+    A layer is held in one layout, whose kernels share the numbers of rows among them. So it is layouts that are
+    compared, by the mean time of their kernels over the policy's numbers of rows: who is fastest for one row may be the
+    slowest for many. The candidates are ordered by (policy, mean time of the layout, own mean time, name), on an
+    accelerator those that would keep a layer from being captured in a graph behind all others, and last resorts behind
+    these.
 
     Where some candidates were measured, the others stand behind them: a measured time is kept rather than given up for
-    a claim. Of those that were, the ones that hold far more bytes than another stand behind, too: time is not all, and
-    an estimate may count memory, but a measurement does not.
+    a claim. Those that hold far more bytes than another stand behind, too: time is not all.
 
     Args:
         problem: what is to run.
@@ -76,9 +75,7 @@ def select(
         ),
         key=lambda candidate: candidate.kernel,
     )
-    least = min((bytes_held(problem, c) for c in candidates if c.measured), default=0)
-    heavy = {c.kernel for c in candidates if c.measured and bytes_held(problem, c) > _MOST_TIMES_THE_BYTES * least}
-    candidates.sort(key=lambda candidate: _rank(candidate, kernels, heavy))
+    _sort(candidates, problem, kernels, platform, policy.rows)
     accepted = [candidate for candidate in candidates if isinstance(candidate.verdict, Accepted)]
     pin = policy.pin(module)
     if pin is not None and not any(pin.names(candidate.kernel) for candidate in accepted):
@@ -157,20 +154,56 @@ def _ask(
     return Candidate(name, provided.plugin, verdict, said, measurement.us if measurement and accepted else ())
 
 
-def _rank(
-    candidate: Candidate, kernels: Mapping[str, Provided[Kernel]], heavy: AbstractSet[str]
-) -> tuple[bool, bool, bool, bool, float, float, str]:
-    verdict = candidate.verdict
-    refused = isinstance(verdict, Rejected)
-    return (
-        refused,
-        not candidate.preferred,
-        kernels[candidate.kernel].item.traits.fallback,
-        candidate.kernel in heavy or not candidate.measured,
-        time_at(candidate.measured, 1) if candidate.measured else math.inf,
-        0.0 if isinstance(verdict, Rejected) else verdict.cost.at(1),
-        candidate.kernel,
-    )
+def _sort(
+    candidates: list[Candidate],
+    problem: LinearProblem | MoEProblem,
+    kernels: Mapping[str, Provided[Kernel]],
+    platform: Platform,
+    rows: Sequence[int],
+) -> None:
+    """Put the best candidates first, see `select`."""
+    heavy = _heavy(candidates, problem, kernels)
+
+    def standing(candidate: Candidate) -> tuple[bool, ...]:
+        traits = kernels[candidate.kernel].item.traits
+        return (
+            isinstance(candidate.verdict, Rejected),
+            not candidate.preferred,
+            traits.fallback,
+            platform.kind != "cpu" and not traits.graph_safe,
+            candidate.kernel in heavy,
+            not candidate.measured,
+        )
+
+    sharing: dict[tuple[tuple[bool, ...], str], list[Candidate]] = {}
+    for candidate in candidates:
+        sharing.setdefault((standing(candidate), kernels[candidate.kernel].item.layout_id), []).append(candidate)
+    ranks: dict[str, tuple[tuple[bool, ...], float, float, str]] = {}
+    for (place, _), some in sharing.items():
+        if isinstance(some[0].verdict, Rejected):
+            ranks |= {c.kernel: (place, math.inf, math.inf, c.kernel) for c in some}
+            continue
+        basis: Literal["estimated", "measured"] = "measured" if all(c.measured for c in some) else "estimated"
+        together = mean_time(some, rows, basis)
+        ranks |= {c.kernel: (place, together, mean_time([c], rows, basis), c.kernel) for c in some}
+    candidates.sort(key=lambda candidate: ranks[candidate.kernel])
+
+
+def _heavy(
+    candidates: Sequence[Candidate], problem: LinearProblem | MoEProblem, kernels: Mapping[str, Provided[Kernel]]
+) -> set[str]:
+    """Return who holds far more bytes than another candidate of whom as much is known."""
+    heavy: set[str] = set()
+    for known in (True, False):
+        some = {
+            c.kernel: bytes_held(problem, c)
+            for c in candidates
+            if isinstance(c.verdict, Accepted)
+            and bool(c.measured) is known
+            and not kernels[c.kernel].item.traits.fallback
+        }
+        heavy |= {name for name, held in some.items() if held > _MOST_TIMES_THE_BYTES * min(some.values())}
+    return heavy
 
 
 def _all_reasons(candidates: list[Candidate], registry: Registry) -> str:

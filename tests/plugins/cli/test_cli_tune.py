@@ -13,7 +13,6 @@ from quantplug.plan import Candidate, Choice, Decision
 from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug.timings import Measurement, problem_key
 from quantplug.tuning import TunedProblem, TuneReport
-from quantplug_cli.commands.tune import kernel_at
 from quantplug_cli.main import app
 from quantplug_cli.text import measured, microseconds
 
@@ -104,7 +103,7 @@ def test_rows_that_are_none_are_a_usage_error(run, rows):
 
 
 def test_the_kernel_for_a_number_of_rows():
-    assert [kernel_at(AFTER, rows) for rows in (1, 15, 16, 9000)] == ["a.fast"] * 2 + ["a.fast.dense"] * 2
+    assert [AFTER.at(rows) for rows in (1, 15, 16, 9000)] == ["a.fast"] * 2 + ["a.fast.dense"] * 2
 
 
 def test_microseconds_have_the_digits_that_they_are_worth():

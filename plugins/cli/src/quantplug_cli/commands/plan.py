@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from quantplug.plan import LayerPlan, Plan
 
+_COMPARED = (1, 2048)
+"""Numbers of rows at which kernels that were passed over are held against those that were not."""
+
 
 def plan(
     checkpoint: Checkpoint,
@@ -142,30 +145,34 @@ def _what(layer: LayerPlan, made: Plan) -> str:
 
 def _refusals(made: Plan) -> list[str]:
     """Return what some decision refused or passed over, with the reasons and how often; one line for the same words."""
-    from quantplug.kernel import Accepted, Rejected
-    from quantplug.timings import time_at
+    from quantplug.choices import time_of
+    from quantplug.kernel import Rejected
     from quantplug_cli.text import told
 
     layers = Counter(layer.decision for layer in made.layers if layer.decision is not None)
     reasons: dict[str, Counter[str]] = {}
-    slower: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    slower: dict[tuple[str, str], list[tuple[list[float], int]]] = {}
     for index, decision in enumerate(made.decisions):
         chosen = {choice.kernel for choice in decision.choices}
-        best = next(c.verdict for c in decision.candidates if c.kernel == decision.kernel)
+        by_name = {candidate.kernel: candidate for candidate in decision.candidates}
         for candidate in told(decision):
             if candidate.kernel in chosen:
                 continue
             if isinstance(candidate.verdict, Rejected):
                 reasons.setdefault(candidate.kernel, Counter())[candidate.verdict.reason] += layers[index]
-            elif isinstance(best, Accepted):
-                times, basis = candidate.verdict.cost.at(1) / best.cost.at(1), "estimated"
-                if decision.basis == "measured" and candidate.measured:
-                    own = next(c.measured for c in decision.candidates if c.kernel == decision.kernel)
-                    times, basis = time_at(candidate.measured, 1) / time_at(own, 1), "measured"
-                slower.setdefault((candidate.kernel, basis), []).append((times, layers[index]))
+                continue
+            basis = "estimated" if not candidate.measured else decision.basis
+            times = [
+                time_of(candidate, rows, basis) / time_of(by_name[decision.at(rows)], rows, basis) for rows in _COMPARED
+            ]
+            slower.setdefault((candidate.kernel, basis), []).append((times, layers[index]))
     lines = [
-        f"not {kernel}: fits, {basis} {_span([times for times, _ in found])} x the time at M = 1 "
-        f"({sum(count for _, count in found)} layers)"
+        f"not {kernel}: fits, {basis} "
+        + ", ".join(
+            f"{_span([times[place] for times, _ in found])} x the time at M = {rows}"
+            for place, rows in enumerate(_COMPARED)
+        )
+        + f" ({sum(count for _, count in found)} layers)"
         for (kernel, basis), found in slower.items()
     ]
     alike: dict[str, list[str]] = {}

@@ -27,7 +27,6 @@ from quantplug_cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from quantplug.plan import Decision
     from quantplug.tuning import TunedProblem, TuneReport
 
 Seconds = Annotated[float, typer.Option(min=0.001, help="How long each kernel is measured for each number of rows.")]
@@ -106,7 +105,7 @@ def _show_problem(console: Console, item: TunedProblem) -> None:
     for measurement in timed:
         table.add_column(Text(measurement.kernel.replace(".", ".\n")), justify="right", no_wrap=True)
     for rows in sorted({rows for measurement in timed for rows, _ in measurement.us}):
-        chosen = kernel_at(item.after, rows)
+        chosen = item.after.at(rows)
         cells = [
             Text(microseconds(measurement.at(rows)), style="bold green" if measurement.kernel == chosen else "")
             for measurement in timed
@@ -119,11 +118,3 @@ def _show_problem(console: Console, item: TunedProblem) -> None:
             console.print(f"wrong: {measurement.kernel}: {measurement.wrong}", style="red", markup=False)
     before, after = choices(item.before), choices(item.after)
     console.print(f"now {after}" + (f", by estimate {before}" if before != after else ", as by estimate"), markup=False)
-
-
-def kernel_at(decision: Decision, rows: int) -> str:
-    """Return the kernel that serves M = `rows`."""
-    for choice in decision.choices:
-        if choice.max_rows is None or rows <= choice.max_rows:
-            return choice.kernel
-    return decision.kernel
