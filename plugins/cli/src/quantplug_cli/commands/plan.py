@@ -169,7 +169,7 @@ def _refusals(made: Plan) -> list[str]:
     lines = [
         f"not {kernel}: fits, {basis} "
         + ", ".join(
-            f"{_span([times[place] for times, _ in found])} x the time at M = {rows}"
+            f"{_span([times[place] for times, _ in found])} x{'' if place else ' the time'} at M = {rows}"
             for place, rows in enumerate(_COMPARED)
         )
         + f" ({sum(count for _, count in found)} layers)"
@@ -183,5 +183,5 @@ def _refusals(made: Plan) -> list[str]:
 
 
 def _span(values: list[float]) -> str:
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    low, high = (f"{value:.1f}" if value < 100 else f"{value:,.0f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
