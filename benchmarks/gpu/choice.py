@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.cases import Case
     from benchmarks.gpu.measuring import Point
-    from quantplug.plan import Choice
+    from quantplug.plan import Decision
 
-WAYS = ("estimated", "estimated, two layouts", "tuned", "tuned, two layouts", "tuned, two layouts, fast sums")
-"""How a plan comes to its choice; "fast sums" is a policy that allows `cublas.*.fast`."""
+_BASES = ("estimated", "tuned", "tuned, fast sums")
+_TWO = ", two layouts"
+WAYS = tuple(f"{basis}{two}" for two in ("", _TWO) for basis in _BASES)
+"""How a plan comes to its choice; "fast sums" is a policy that allows what ends in `.fast`."""
 
-_FAST = Policy.parse({"rule": [{"allow": "cublas.*.fast"}]}, "benchmark")
+_FAST = Policy.parse({"rule": [{"allow": "*.fast"}]}, "benchmark")
 
 _HERE = "the GPU that was measured"
 
@@ -39,12 +41,12 @@ def choose(points: Iterable[Point], platform: str) -> None:
     for point in points:
         layers.setdefault((point.kind, point.format, point.layer), []).append(point)
     for some in layers.values():
-        for way, choices in _ways(_case_of(some[0]), some, platform).items():
+        for way, decision in _ways(_case_of(some[0]), some, platform).items():
             for point in some:
-                point.chosen[way] = serving(choices, point.rows)
+                point.chosen[way] = decision.at(point.rows)
 
 
-def _ways(case: Case, points: Sequence[Point], text: str) -> dict[str, tuple[Choice, ...]]:
+def _ways(case: Case, points: Sequence[Point], text: str) -> dict[str, Decision]:
     known, parsed, problem = registry(), Platform.parse(text), case.problem
     platform = Platform(parsed.kind, parsed.arch, device=_HERE)
     kernels = kernels_for(problem, known)
@@ -60,26 +62,17 @@ def _ways(case: Case, points: Sequence[Point], text: str) -> dict[str, tuple[Cho
         )
         for name, us in times.items()
     )  # fmt: skip
-    found: dict[str, tuple[Choice, ...]] = {}
-    for way, timings, policy in (
-        ("estimated", Timings(), Policy()), ("tuned", measured, Policy()), ("fast sums", measured, _FAST)
-    ):  # fmt: skip
+    found: dict[str, Decision] = {}
+    for basis, timings, policy in zip(
+        _BASES, (Timings(), measured, measured), (Policy(), Policy(), _FAST), strict=True
+    ):
         try:
             decision = select(problem, ModuleInfo("layer", case.kind), platform, known, policy, {}, timings)
         except PlanError:
             continue  # nobody runs it
         second = second_layout(problem, decision, platform, known)
-        two = decision.choices if second is None else second.decision.choices
-        found |= {WAYS[-1]: two} if policy is _FAST else {way: decision.choices, f"{way}, two layouts": two}
+        found |= {basis: decision, basis + _TWO: decision if second is None else second.decision}
     return found
-
-
-def serving(choices: tuple[Choice, ...], rows: int) -> str:
-    """Return the kernel that serves a number of rows, or ""."""
-    for choice in choices:
-        if choice.max_rows is None or rows <= choice.max_rows:
-            return choice.kernel
-    return ""
 
 
 def _case_of(point: Point) -> Case:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 """Between these README.md has its tables."""
 
+_LISTED = ("tuned", WAYS[-1])
+"""Ways to a choice whose points above the limit are told one by one: after `quantplug tune`, and the best."""
+
 _TITLES: dict[Kind, str] = {"linear": "Linear layers", "experts": "Experts"}
 
 
@@ -96,7 +99,7 @@ def put(text: str, lines: Sequence[str]) -> str:
 
 
 def _section(points: Sequence[Point], names: Names) -> list[str]:
-    return [
+    lines = [
         "Microseconds of our fastest kernel; in brackets its time over that of the best peer (below 1 is faster than "
         "any) and how many times faster it is than bfloat16.",
         f"{legend(points, names)}.",
@@ -106,11 +109,11 @@ def _section(points: Sequence[Point], names: Names) -> list[str]:
         "Geometric means, the worst point, and points above the limit:",
         "",
         *summary(points, names),
-        "",
-        f"What a plan takes with {WAYS[-1]}, and is above {LIMIT} times the best peer:",
-        "",
-        *above(points, names),
     ]
+    for way in _LISTED:
+        lines += ["", f"What a plan takes ({way}), and is above {LIMIT} times the best peer:", ""]
+        lines += above(points, names, way)
+    return lines
 
 
 def _host(points: Sequence[Point], names: Names) -> list[str]:

@@ -117,14 +117,14 @@ def summary(points: Sequence[Point], names: Names) -> list[str]:
     return lines
 
 
-def above(points: Sequence[Point], names: Names) -> list[str]:
-    """Return a line for each point where what a plan takes at its best is above the limit; worst first."""
-    columns = ("format", "layer", "M", WAYS[-1], "us", "our fastest", "us", "best peer", "us", "ratio")
+def above(points: Sequence[Point], names: Names, way: str) -> list[str]:
+    """Return a line for each point where what a plan takes in one of `WAYS` is above the limit; worst first."""
+    columns = ("format", "layer", "M", way, "us", "our fastest", "us", "best peer", "us", "ratio")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     found = []
     for point in points:
         chosen, mine, peer = (
-            best(point, [point.chosen.get(WAYS[-1], "")]),
+            best(point, [point.chosen.get(way, "")]),
             best(point, names.ours),
             best(point, names.peers),
         )

@@ -7,12 +7,9 @@ import torch
 from benchmarks.gpu.cases import ROWS, LinearCase, linear_cases
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.checking import make, tasks_of
-from benchmarks.gpu.choice import serving
 from benchmarks.gpu.experts import LAYERS, ExpertCase, Sizes, expert_cases
 from benchmarks.gpu.formats import EXPERT_FORMATS, FORMATS, made_weight
 from benchmarks.gpu.peers import PEERS
-
-from quantplug.plan import Choice
 
 CPU = torch.device("cpu")
 
@@ -103,12 +100,6 @@ def test_weights_are_the_same_every_time_and_finite():
         assert torch.equal(values, made_weight(form.weight, 128, 256, 3, CPU).dequantize(torch.float32)), kind
         assert values.isfinite().all()
         assert values.abs().max() < 0.2
-
-
-def test_a_number_of_rows_is_served_by_the_choice_it_falls_into():
-    choices = (Choice("few", "a", 0, 63), Choice("many", "a", 64, None))
-    assert [serving(choices, rows) for rows in (1, 63, 64, 8192)] == ["few", "few", "many", "many"]
-    assert serving((), 1) == ""
 
 
 def test_what_is_slow_to_compile_is_checked_first_and_no_one_for_what_is_not_its_business():
