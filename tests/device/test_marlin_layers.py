@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -150,6 +151,23 @@ def test_the_operator_is_called_where_somebody_sees_it_and_not_otherwise(monkeyp
     with torch.inference_mode():
         KERNEL.apply(x, prepared, None)
     assert len(called) == 3
+
+
+def test_transformations_see_the_operator_and_a_tangent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, _ = layer("int4")
+    x, called = inputs(3), []
+    monkeypatch.setattr(launch, "linear", lambda given, *_: called.append(1) or given.new_zeros(given.shape[0], N))
+    torch.func.vmap(lambda row: KERNEL.apply(row[None], prepared, None))(x)
+    torch.func.grad(lambda given: KERNEL.apply(given, prepared, None).sum())(x)
+    assert len(called) == 2
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            KERNEL.apply(dual, prepared, None)
+        KERNEL.apply(x, prepared, None)
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+        torch.func.jvp(lambda given: KERNEL.apply(given, prepared, None), (x,), (x,))
+    assert len(called) == 2
 
 
 CUTS = (

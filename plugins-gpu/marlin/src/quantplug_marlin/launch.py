@@ -8,13 +8,13 @@ from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.compiler import is_compiling
 
 from quantplug_marlin.choice import choose
 from quantplug_marlin.cut import GroupCut
 from quantplug_marlin.device import function, target_of
 from quantplug_marlin.driver import Launch, matrix_map, weight_maps
 from quantplug_marlin.form import Form, decode
+from quantplug_marlin.seen import is_seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +32,13 @@ stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
 )
 """The current stream as the driver knows it: what torch's own compiled code calls, since a stream object costs 2 us."""
 
-_current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
 """Without the question whether CUDA is initialized: x lies there."""
+
+empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) or (
+    lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device="cuda")
+)
+"""Memory on the current device as torch's own compiled code asks for it, past the dispatcher."""
 
 _OUT = {"bfloat16": 0, "float16": 1, "float32": 2}
 _THREADS = 256
@@ -107,10 +112,10 @@ def linear_now(
 ) -> torch.Tensor:  # fmt: skip
     """Do what the operator `linear` does."""
     rows, device = x.shape[0], x.get_device()
-    if _current_device() != device:
+    if current_device() != device:
         with torch.cuda.device(device):
             return linear_now(x, codes, scales, zeros, factor, columns, bias, outputs, form)
-    y = x.new_empty((rows, outputs))
+    y = empty((rows, outputs), (outputs, 1), x.dtype)
     if rows == 0:
         return y
     stream = stream_of(device)
@@ -149,7 +154,7 @@ def run(
         return
     at_shares = 0
     if add is not None:
-        shares = torch.empty((splits, rows, outputs), dtype=torch.float32, device=y.device)
+        shares = empty((splits, rows, outputs), (rows * outputs, outputs, 1), torch.float32)
         at_shares = shares.data_ptr()
     packed = _MULTIPLY.pack(
         at_x, codes.data_ptr(), at_scales, at_zeros, at_factor, at_bias, at_y, at_shares, stride, rows, outputs, inputs,
@@ -248,37 +253,9 @@ linear = register(
 """`y [M, N] = x [M, K] @ W^T + bias` as one operator of torch, see `prepare.py` for the tensors."""
 
 
-def _unknown() -> int:
-    """Stand in for a question that this torch cannot be asked: somebody may see operators."""
-    return 1
-
-
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
-_function_modes = getattr(torch._C, "_len_torch_function_stack", _unknown)
-_transformation = getattr(torch._C._functorch, "peek_interpreter_stack", _unknown)
-_tracer = getattr(torch._C, "_get_tracing_state", _unknown)
-
-
 def linear_for(x: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-    """
-    Return what computes a product: the operator, or at once what it does, where nobody would see the operator.
-
-    Torch's way to an operator's implementation in Python takes as long on the host as a small product on the GPU.
-    Operators are seen by its compiler, gradients, modes, transformations and its tracer, and by subclasses of tensors.
-    """
-    if (
-        is_compiling()
-        or type(x) is not torch.Tensor
-        or not x.is_cuda
-        or x.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or _dispatch_modes()
-        or _function_modes()
-        or _transformation() is not None
-        or _tracer() is not None
-    ):
-        return linear
-    return linear_now
+    """Return what computes a product: the operator, or at once what it does, where nobody would see the operator."""
+    return linear if is_seen(x, bias) else linear_now
 
 
 dequantize = register(
