@@ -7,8 +7,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
+from quantplug.rowlayout import fill, refuse_codes, shared_by
 from quantplug.spec import ElementType, PerChannel, PerTensor
-from quantplug_cublas.fit import fill, refuse_codes, shared_by, sums
+from quantplug_cublas.fit import sums
 
 if TYPE_CHECKING:
     from quantplug.moe import MoEProblem

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantplug.expertweights import ExpertWeights, PreparedExperts
+from quantplug.rowlayout import fill
 from quantplug.spec import PerTensor
 from quantplug.weight import Weight
 from quantplug_cublas.expertfit import turns
-from quantplug_cublas.fit import fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

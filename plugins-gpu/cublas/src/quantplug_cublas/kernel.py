@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from quantplug.kernel import LinearKernel, Rejected, Traits, Verdict
+from quantplug.rowlayout import LAYOUT_ID
 from quantplug_cublas.fit import verdict
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class CublasKernel(LinearKernel):
     __slots__ = ()
 
     name = "cublas.w8a8"
-    layout_id = "cublas.rows"
+    layout_id = LAYOUT_ID
     traits = Traits(uniform_segments=True)
     fast: ClassVar[bool] = False
     """Whether sums are never promoted ("fast accumulation")."""
@@ -55,9 +56,9 @@ class CublasKernel(LinearKernel):
         out: Prepared | None = None,
     ) -> Prepared:
         """Keep codes as they are, filled up to what cuBLAS takes, and scales in float32."""
-        from quantplug_cublas.prepare import prepare
+        from quantplug.rowprepare import prepare
 
-        return prepare(problem, segments, activation, device, self.layout_id, out)
+        return prepare(problem, segments, activation, device, out)
 
     def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
         """Quantize x and multiply."""
@@ -67,15 +68,13 @@ class CublasKernel(LinearKernel):
 
     def dequantize(self, prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
         """Return `code * scale`."""
-        import torch
+        from quantplug.rowprepare import dequantize
 
-        from quantplug_cublas.prepare import canonical
-
-        return torch.cat([weight.dequantize(dtype) for weight in canonical(prepared)])
+        return dequantize(prepared, dtype)
 
     def unprepare(self, prepared: Prepared) -> tuple[Weight, ...]:
         """Return the canonical segments where no scale was rounded on the way in."""
-        from quantplug_cublas.prepare import unprepare
+        from quantplug.rowprepare import unprepare
 
         return unprepare(prepared)
 

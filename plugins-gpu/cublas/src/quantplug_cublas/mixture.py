@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantplug.moe import ExpertFunction
+from quantplug.rowlayout import fill
 from quantplug_cublas import expertplain
 from quantplug_cublas.expertfit import MOST_GROUPS
-from quantplug_cublas.fit import fill
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -119,4 +119,4 @@ def _register() -> Callable[..., torch.Tensor]:
 
 
 linear = _register()
-"""`y [M, N] = x [M, K] @ W^T + bias` with x quantized, see `prepare.py` for the tensors."""
+"""`y [M, N] = x [M, K] @ W^T + bias` with x quantized, see `quantplug.rowlayout` for the tensors."""

@@ -1,15 +1,5 @@
 """
-From canonical weights to what torch's scaled product takes, and back.
-
-Segments whose rows can lie below each other become one part, else each becomes a part of its own: blocks that would not
-begin at a multiple of 128 rows, or stored scales of x that differ. The tensors of part i, for N rows filled up to R and
-K inputs filled up to S:
-
-- `codes.i`: a float8 dtype `[R, S]`, row by row, 0 where filled up;
-- `scales.i`: float32, `[1, 1]` for one scale, `[1, R]`, or `[S / 128, ceil(R / 128)]`, a row of blocks after the other;
-- `x_scale.i`: float32 `[1]`, the stored scale of x, where there is one.
-
-`one` is float32 `[1]`, a scale of 1, where scales are per token or row. `rounded` tells whether a scale was float64.
+From canonical weights to the layout that `rowlayout.py` describes, and back.
 """
 
 from __future__ import annotations
@@ -19,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug.rowlayout import BLOCK, LAYOUT_ID, fill, mode_of, parts, width
 from quantplug.spec import PerTensor
 from quantplug.weight import Prepared, Weight
-from quantplug_cublas.fit import BLOCK, fill, mode_of, parts, width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,11 +25,10 @@ def prepare(
     segments: Sequence[Weight],
     activation: Sequence[ActivationParams | None],
     device: torch.device,
-    layout_id: str,
     out: Prepared | None,
 ) -> Prepared:
     """
-    Return the tensors above for a layer whose segments share one contract; `out` is overwritten in place.
+    Return the tensors of the layout for a layer whose segments share one contract; `out` is overwritten in place.
 
     Raises:
         ValueError: a stored scale of x is missing, or `out` has other parts.
@@ -58,7 +47,7 @@ def prepare(
     if mode_of(problem) == "row":
         tensors["one"] = torch.ones(1, device=device)
     if out is None:
-        return Prepared(layout_id, problem, tensors, meta)
+        return Prepared(LAYOUT_ID, problem, tensors, meta)
     if out.tensors.keys() != tensors.keys():
         raise ValueError(f"stored scales of x make {len(layout)} parts of the layer, not {out.meta['parts']} as before")
     for name, tensor in tensors.items():
@@ -111,8 +100,13 @@ def unprepare(prepared: Prepared) -> tuple[Weight, ...]:
         NotImplementedError: a float64 scale was rounded to float32 on the way in.
     """
     if prepared.meta["rounded"]:
-        raise NotImplementedError("kernel cublas.w8a8 holds float64 scales in float32: there is no exact way back")
+        raise NotImplementedError(f"the layout {LAYOUT_ID} holds float64 scales in float32: there is no exact way back")
     return canonical(prepared)
+
+
+def dequantize(prepared: Prepared, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values `[N, K]`, computed in float32 and rounded once."""
+    return torch.cat([weight.dequantize(dtype) for weight in canonical(prepared)])
 
 
 def canonical(prepared: Prepared) -> tuple[Weight, ...]:
