@@ -27,8 +27,8 @@ KINDS = ("mixed", "one-expert", "nowhere")
 
 EVEN = 48 * 64
 """
-Inputs of which every group of warps of every cut has equally many chunks. Where one group takes nine and another eight, and
-so meets once less, racecheck reports what the first writes and the second reads though a barrier of the whole block
+Inputs of which every group of warps of every cut has equally many chunks. Where one group takes nine and another eight,
+and so meets once less, racecheck reports what the first writes and the second reads though a barrier of the whole block
 lies between; with as many for each it reports nothing. It does the same with `barriers` in `planted.py`, which has no
 fault: it seems to place a warp's accesses by how many barriers the warp has passed, of whatever number. (One H100,
 2026-11-24.)

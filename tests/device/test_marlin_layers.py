@@ -34,15 +34,15 @@ SPECS = {
 }
 
 
-def layer(name: str, dtype: str = "bfloat16") -> tuple[Prepared, Weight]:
+def layer(name: str, dtype: str = "bfloat16", in_features: int = K) -> tuple[Prepared, Weight]:
     spec = SPECS[name]
-    weight = make_weight(spec, N, K, np.random.default_rng(0))
-    problem = LinearProblem(K, (SegmentSpec(N, spec),), dtype)
+    weight = make_weight(spec, N, in_features, np.random.default_rng(0))
+    problem = LinearProblem(in_features, (SegmentSpec(N, spec),), dtype)
     return KERNEL.prepare(problem, [weight], [None], torch.device("cuda")), weight
 
 
-def inputs(rows: int) -> torch.Tensor:
-    return torch.randn(rows, K, dtype=torch.bfloat16, device="cuda")
+def inputs(rows: int, in_features: int = K) -> torch.Tensor:
+    return torch.randn(rows, in_features, dtype=torch.bfloat16, device="cuda")
 
 
 def check(x: torch.Tensor, y: torch.Tensor, weight: Weight, what: str) -> None:
@@ -189,13 +189,17 @@ CUTS = (
 def test_every_way_to_cut_a_product_gives_it(name: str, cut: Cut | GroupCut) -> None:
     if (isinstance(cut, GroupCut) and not target_of(0).warpgroups) or (cut.shares > 1 and not target_of(0).clusters):
         pytest.skip("needs compute capability 9.0")
-    prepared, weight = layer(name)
+    check_cut(name, cut, K)
+
+
+def check_cut(name: str, cut: Cut | GroupCut, in_features: int) -> None:
+    prepared, weight = layer(name, in_features=in_features)
     form = form_of_part(prepared, 0)
     codes, scales = prepared.tensors["codes.0"], prepared.tensors["scales.0"]
     stream = torch.cuda.current_stream().cuda_stream
     for rows in (1, 7, 65):
         way = launch.way(form, cut, N, codes.shape[0], codes.shape[1], rows, 0, stream)
-        x, y = inputs(rows), torch.full((rows, N), torch.nan, dtype=torch.bfloat16, device="cuda")
+        x, y = inputs(rows, in_features), torch.full((rows, N), torch.nan, dtype=torch.bfloat16, device="cuda")
         launch.run(way, x, codes, scales, None, None, None, y)
         check(x, y, weight, f"{cut}, {rows} rows")
 
