@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,7 +29,6 @@ from quantplug.spec import (
     SegmentSpec,
     WeightSpec,
 )
-from quantplug.stopwatch import ceilings, cold_copies, in_turns, per_call, sampler
 from quantplug.timingstore import read_timings
 from quantplug.trial import Trial, Workload
 from quantplug.tuning import tune
@@ -200,58 +198,6 @@ def test_made_up_operands_are_the_same_every_time_and_obey_their_contract():
     assert first.g_idx.unique().tolist() == [0, 1]
     x = sample_x(asked, 4, torch.Generator().manual_seed(0))
     assert (x.shape, x.dtype) == ((4, 64), torch.bfloat16)
-
-
-# -- the clock
-
-
-def test_cold_copies_hold_more_than_a_cache():
-    small = {"a": torch.zeros(1000, dtype=torch.uint8)}
-    copies = cold_copies(small, DEVICE)
-    assert len(copies) == 64
-    assert copies[0]["a"] is small["a"]
-    assert len({turn["a"].data_ptr() for turn in copies}) == 64
-
-
-def test_a_call_is_timed_on_all_turns_and_longer_calls_take_longer():
-    used = set()
-
-    def call(turn):
-        used.add(turn)
-        torch.ones(100 if turn < 3 else 300_000).sum()
-
-    quick = per_call(call, [0, 1, 2], DEVICE, seconds=0.01)
-    assert used == {0, 1, 2}
-    assert 0 < quick < per_call(call, [3], DEVICE, seconds=0.01)
-
-
-def test_calls_that_are_compared_take_turns_in_an_order_that_changes():
-    taken = []
-
-    def of(name):
-        return lambda: taken.append(name) or float(len(taken))
-
-    found = in_turns([of("a"), of("b"), of("c")], seconds=0.0, fewest=5)
-    rounds = ["".join(taken[first : first + 3]) for first in range(0, len(taken), 3)]
-    assert len(rounds) == 6
-    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
-    assert len(set(rounds)) > 2
-    places = {name: [3 * n + each.index(name) + 1.0 for n, each in enumerate(rounds)] for name in "abc"}
-    assert found == [places[name][1:] for name in "abc"]
-
-
-def test_rounds_go_on_for_as_long_as_is_asked_but_not_without_end():
-    [quick] = in_turns([lambda: 1.0], seconds=10.0)
-    assert len(quick) == 9
-    [slow] = in_turns([sampler(lambda turn: time.sleep(0.005), [0], DEVICE)], seconds=0.0)
-    assert len(slow) == 3
-    assert min(slow) > 5000
-
-
-def test_ceilings_are_measured():
-    found = ceilings(DEVICE, ["float32"], seconds=0.001)
-    assert found.read > 1e8
-    assert found.flops["float32"] > 1e8
 
 
 # -- tune

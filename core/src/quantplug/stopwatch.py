@@ -29,7 +29,13 @@ _OTHER_COLD_BYTES = 200_000_000
 _MOST_COPIES = 64
 _SAMPLES, _FEWEST_SAMPLES = 9, 3
 _SAMPLE_SECONDS = 2e-3
-"""A sample of a CPU, or of a graph, takes at least this long."""
+"""A sample of calls takes at least this long."""
+_GRAPH_SECONDS, _LONGEST_GRAPH_SECONDS = 1e-3, 20e-3
+"""A graph takes about as long as the first, and not longer than the second where some of the turns suffice for that."""
+_TRIED = 4
+"""Calls by which that is estimated."""
+_BUSY_CYCLES = 400_000
+"""A fifth of a millisecond: longer than the host needs to launch a graph, or to enqueue a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,32 +168,26 @@ def _between_events(call: Callable[[Any], object], turns: Sequence[Any]) -> Call
 
 def _replaying(call: Callable[[Any], object], turns: Sequence[Any]) -> Sampler:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    def seconds(run: Callable[[], object], busy: int) -> float:
+        # The GPU has something to do until the host has enqueued all of it, whose time would count otherwise.
+        torch.cuda._sleep(busy)
         begin.record()
-        for turn in turns:
-            call(turn)
+        run()
         end.record()
         end.synchronize()
-        once: float = max(2e-6, begin.elapsed_time(end) / 1e3 / len(turns))
-    torch.cuda.current_stream().wait_stream(stream)
+        milliseconds: float = begin.elapsed_time(end)
+        return max(1e-6, milliseconds / 1e3)
+
+    some = turns[:_TRIED]
+    once = seconds(lambda: [call(turn) for turn in some], _TRIED * _BUSY_CYCLES) / len(some)
     # All turns as often as it takes, or, of a call that takes long, a few of them.
-    used = turns[: max(1, round(10 * _SAMPLE_SECONDS / once))]
-    repeats = max(1, round(_SAMPLE_SECONDS / (once * len(used))))
+    used = turns[: max(1, round(_LONGEST_GRAPH_SECONDS / once))]
+    repeats = max(1, round(_GRAPH_SECONDS / (once * len(used))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             for turn in used:
                 call(turn)
     graph.replay()  # the first one takes longer
-
-    def sample() -> float:
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        milliseconds: float = begin.elapsed_time(end)
-        return milliseconds * 1e3 / (repeats * len(used))
-
-    return sample
+    return lambda: seconds(graph.replay, _BUSY_CYCLES) * 1e6 / (repeats * len(used))
