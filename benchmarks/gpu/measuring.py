@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from benchmarks.gpu.cases import CUDA
 from benchmarks.gpu.checking import Checked, make
 from benchmarks.gpu.contenders import Contender, Held
-from benchmarks.gpu.hostcost import enqueue_us, is_enqueued
+from benchmarks.gpu.hostcost import SERIES, is_enqueued, series_us
 from quantplug.stopwatch import cold_copies, in_turns, sampler
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     """What a call computes, and for how many rows: see `Contender.work`."""
 
 _SECONDS = 0.01
-"""How long graphs of one contender are replayed, at least; each sample takes 2 ms or longer."""
+"""How long a contender is measured, about."""
 _ROUNDS = 5
 """How many samples of each contender count, at least."""
 
@@ -128,15 +129,17 @@ def _sampler(contender: Contender, inputs: list[Any], layers: _Layers) -> Sample
 
 
 def _enqueued(works: dict[Contender, Work], point: Point, layers: _Layers) -> dict[Work, float]:
-    """Return the microseconds that the host takes for a call of each contender."""
-    found: dict[Work, float] = {}
+    """Return the microseconds that the host takes for a call of each contender, in turns, too."""
     given = layers.case.inputs(point.rows, CUDA)[0]
+    samplers: dict[Work, Sampler] = {}
     for contender, work in works.items():
         if contender.role != "informative":
             with _without_who_breaks(contender, point):
-                ready, held = contender.ready(given, layers.case), layers.of(contender)[0]
-                found[work] = enqueue_us(contender.bound(ready, held, layers.case))
-    return found
+                call = contender.bound(contender.ready(given, layers.case), layers.of(contender)[0], layers.case)
+                call()
+                samplers[work] = partial(series_us, call)
+    series = in_turns(list(samplers.values()), seconds=_SECONDS, fewest=SERIES)
+    return {work: min(us) for work, us in zip(samplers, series, strict=True)}
 
 
 @contextmanager

@@ -155,7 +155,8 @@ def everyone(points: Sequence[Point]) -> list[str]:
 def host(points: Sequence[Point], names: Names) -> list[str]:
     """Return what a call costs the host, a line for each contender; a cell has a figure for each number of rows."""
     some = [point for point in points if point.host_us]
-    formats, rows = (list(dict.fromkeys(found)) for found in ([p.format for p in some], [p.rows for p in some]))
+    formats = list(dict.fromkeys(point.format for point in some))
+    rows = list(dict.fromkeys(point.rows for point in some))
     lines = [f"| contender | {' | '.join(formats)} |", "|---" * (1 + len(formats)) + "|"]
     at = {(point.format, point.rows): point.host_us for point in some}
     for name in (*names.ours, *names.peers, *names.references):

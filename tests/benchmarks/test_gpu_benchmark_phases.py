@@ -147,6 +147,7 @@ def test_contenders_of_a_point_take_turns_and_each_work_is_measured_once(on_cpu)
 
 def test_a_call_is_enqueued_as_a_layer_makes_it_for_one_layer_and_few_rows(on_cpu):
     on_cpu.setattr(hostcost, "HOST_SHAPE", (128, 256))
+    on_cpu.setattr(hostcost, "_CALLS", 3)
     play(on_cpu, Reference())
     case, rows = LinearCase("int4 g128", 128, 256), {"linear": (1, 2, 16)}
     checked = checking._check(("toy", case, rows["linear"]))
@@ -156,7 +157,7 @@ def test_a_call_is_enqueued_as_a_layer_makes_it_for_one_layer_and_few_rows(on_cp
 
 def test_the_time_of_a_series_of_calls_is_shared_out(on_cpu):
     on_cpu.setattr(hostcost, "_CALLS", 10)
-    assert 1000 < hostcost.enqueue_us(lambda: time.sleep(0.001)) < 20_000
+    assert 1000 < hostcost.series_us(lambda: time.sleep(0.001)) < 20_000
 
 
 def test_a_point_knows_its_roof(on_cpu):
