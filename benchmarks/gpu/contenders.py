@@ -32,8 +32,14 @@ Role = Literal["ours", "peer", "reference", "informative"]
 MANY = 512
 """Rows from which on dequantizing at every call is worth measuring."""
 
-MOST_ROWS = {"triton.wna16": 128, "triton.w8a8": 2048, "triton.wna16.dense": 0, "triton.w8a8.dense": 0}
-"""Rows up to which portable kernels are: beyond them they are far behind, and take long to compile."""
+MOST_ROWS = {
+    "triton.wna16": 128, "triton.w8a8": 2048, "triton.wna16.dense": 0, "triton.w8a8.dense": 0,
+    "marlin.w8.rows": 128, "marlin.w8.rows.dense": 0,
+}  # fmt: skip
+"""
+Rows up to which kernels are, beyond which others are chosen: portable ones are far behind and take long to compile, and
+what shares its weights with products in FP8 leaves many rows to those.
+"""
 
 
 @dataclass(frozen=True, slots=True)

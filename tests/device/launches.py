@@ -8,6 +8,7 @@ fused ones. Results are checked, too, so that what is watched is what the kernel
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,19 @@ from quantplug_testkit.conformance import LinearKernelConformance
 from quantplug_testkit.conformance.experts import MoEKernelConformance
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from quantplug_marlin.cut import GroupCut
 
 ROWS, EXPERT_ROWS = (1, 17, 64, 200), (1, 17, 70)
 """Those of the conformance tests, whose kernels a run of them has compiled."""
 KINDS = ("mixed", "one-expert", "nowhere")
+
+CUT = {
+    "marlin.wna16": ("tests.device.test_marlin_layers", ("int4", "mxfp8")),
+    "marlin.w8.rows": ("tests.device.test_marlin_rows", ("row", "block")),
+}
+"""Kernels that are cut in many ways: the module whose tests try them, and the layers that they are tried on."""
 
 EVEN = 48 * 64
 """
@@ -73,15 +82,20 @@ def inputs_of(cut: Cut | GroupCut, tool: str, usual: int) -> int:
     return EVEN if tool == "racecheck" and groups else usual
 
 
-def launch_cuts(tool: str) -> int:
-    """Run Marlin's products as every device cuts them: in clusters, shares and several tiles; return their number."""
-    from tests.device.test_marlin_layers import CUTS, K, check_cut
+def launch_cuts(tests: ModuleType, layers: tuple[str, ...], tool: str) -> int:
+    """
+    Run Marlin's products as every device cuts them: in clusters, shares and several tiles; return their number.
 
-    for cut in CUTS:
-        for name in ("int4", "mxfp8"):
+    Args:
+        tests: module that has the cuts, and the test of them.
+        layers: names of those that it is given.
+        tool: of the sanitizer.
+    """
+    for cut in tests.CUTS:
+        for name in layers:
             print(name, cut, flush=True)
-            check_cut(name, cut, inputs_of(cut, tool, K))
-    return 2 * len(CUTS)
+            tests.check_cut(name, cut, inputs_of(cut, tool, tests.K))
+    return len(layers) * len(tests.CUTS)
 
 
 def main(name: str, tool: str) -> int:
@@ -91,8 +105,9 @@ def main(name: str, tool: str) -> int:
     if name in found.kernels:
         tests = type("Tests", (LinearKernelConformance,), {"kernel": found.kernel(name).item, **settings})()
         count = launch_linear(tests)
-        if name == "marlin.wna16":
-            count += launch_cuts(tool)
+        if name in CUT:
+            module, layers = CUT[name]
+            count += launch_cuts(import_module(module), layers, tool)
     else:
         tests = type("Tests", (MoEKernelConformance,), {"kernel": found.moe_kernel(name).item, **settings})()
         count = launch_experts(tests)

@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from quantplug_marlin import launch, mixture, side
+from quantplug_marlin import launch, mixture, rowcalls, side
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -21,6 +21,9 @@ def test_the_operators_know_shapes_and_dtypes_without_a_gpu():
     assert (y.shape, y.dtype) == ((3, 310), torch.bfloat16)
     values = launch.dequantize(codes, scales, None, None, None, 310, 512, 0, False, torch.float32)
     assert (values.shape, values.dtype) == ((310, 512), torch.float32)
+    rows, one = meta(320, 512, dtype=torch.float8_e4m3fn), meta(1, 1, dtype=torch.float32)
+    y = rowcalls.linear_rows(meta(3, 500), rows, one, None, 310)
+    assert (y.shape, y.dtype) == ((3, 310), torch.bfloat16)
     ids, weights = meta(3, 2, dtype=torch.int64), meta(3, 2, dtype=torch.float32)
     stacked = meta(4, 20, 8, 512, dtype=torch.uint8)
     none = (None, None, None, None)
@@ -28,35 +31,36 @@ def test_the_operators_know_shapes_and_dtypes_without_a_gpu():
     assert (y.shape, y.dtype) == ((3, 512), torch.bfloat16)
 
 
-def fields_of(file: str, *, experts: bool) -> str:
-    """Return the members of `struct Args` in a source as `struct` spells them."""
+def fields_of(file: str, sections: tuple[str, ...]) -> str:
+    """Return the members of `struct Args` in a source as `struct` spells them, with those of some `#if` sections."""
     text = files("quantplug_marlin").joinpath("cuda", file).read_text(encoding="utf-8")
     body = re.search(r"struct Args \{(.*?)\n\};", text, re.DOTALL)[1]
-    if not experts:
-        body = re.sub(r"#if EXPERTS.*?#endif", "", body, flags=re.DOTALL)
+    for section in {"EXPERTS", "ROWS"} - set(sections):
+        body = re.sub(rf"#if {section}.*?#endif", "", body, flags=re.DOTALL)
     members = re.findall(r"^ +((?:const )?(?:long long|\w+)\*?) ([\w, ]+);", body, re.MULTILINE)
     kinds = {"long long": "q", "int": "i", "float": "f", "Map": ""}
     return "".join(("P" if kind.endswith("*") else kinds[kind]) * len(names.split(",")) for kind, names in members)
 
 
 @pytest.mark.parametrize(
-    ("file", "packed", "experts"),
+    ("file", "packed", "sections"),
     [
-        ("multiply.cu", launch._MULTIPLY, False),
-        ("multiply.cu", side.MULTIPLY, True),
-        ("warpgroup.cu", launch._MULTIPLY_BOXES, False),
-        ("warpgroup.cu", side.MULTIPLY_BOXES, True),
-        ("gather.cu", launch._GATHER, False),
-        ("shares.cu", launch._SHARES, False),
-        ("dense.cu", launch._DENSE, False),
-        ("route.cu", mixture._ROUTE, False),
-        ("rows.cu", mixture._ROWS, False),
-        ("combine.cu", mixture._COMBINE, False),
+        ("multiply.cu", launch._MULTIPLY, ()),
+        ("multiply.cu", rowcalls._MULTIPLY, ("ROWS",)),
+        ("multiply.cu", side.MULTIPLY, ("EXPERTS",)),
+        ("warpgroup.cu", launch._MULTIPLY_BOXES, ()),
+        ("warpgroup.cu", side.MULTIPLY_BOXES, ("EXPERTS",)),
+        ("gather.cu", launch._GATHER, ()),
+        ("shares.cu", launch._SHARES, ()),
+        ("dense.cu", launch._DENSE, ()),
+        ("route.cu", mixture._ROUTE, ()),
+        ("rows.cu", mixture._ROWS, ()),
+        ("combine.cu", mixture._COMBINE, ()),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_arguments_are_packed_as_the_source_declares_them(file, packed, experts):
+def test_arguments_are_packed_as_the_source_declares_them(file, packed, sections):
     spelled = re.sub(r"(\d+)(\w)", lambda m: m[2] * int(m[1]), packed.format)
-    assert spelled.rstrip("x") == fields_of(file, experts=experts)
+    assert spelled.rstrip("x") == fields_of(file, sections)
     alignment = 64 if file == "warpgroup.cu" else 8
     assert packed.size % alignment == 0

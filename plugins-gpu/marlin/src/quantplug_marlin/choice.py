@@ -22,6 +22,10 @@ _SHORT_ROWS = 8192
 """Rows up to which every cut may suit; beyond, those whose blocks take one piece after the other."""
 
 
+_MANY_ROWS = tuple(range(64, _SHORT_ROWS + 1, 64))
+"""Numbers of rows between which no other cut is chosen."""
+
+
 class _Speed(NamedTuple):
     """
     How long a block of warpgroups takes for 64 inputs, in microseconds: a part per row of x and one per chunk.
@@ -49,19 +53,28 @@ def choose(form: Form, tiles: int, chunks: int, rows: int, target: Target) -> Cu
     if rows <= 32 and target.clusters:
         return _first_that_fits(_some_rows(tiles, chunks, target), form, target)
     if target.warpgroups:
-        return min(
-            _warpgroups(form, chunks, rows, target), key=lambda cut: _time(cut, form, tiles, chunks, rows, target)
-        )
+        return choose_warpgroups(form, tiles, chunks, rows, target)
     return _many_rows(form, tiles, chunks, 32 if rows <= 32 else 64, rows, target)
+
+
+def choose_warpgroups(form: Form, tiles: int, chunks: int, rows: int, target: Target) -> GroupCut:
+    """Return the cut for wgmma that suits a weight of so many tiles and chunks of 64 inputs, and rows of x."""
+    cuts = _warpgroups(form, chunks, rows, target)
+    return min(cuts, key=lambda cut: _time(cut, form, tiles, chunks, rows, target))
 
 
 def every_choice(form: Form, tiles: int, chunks: int, target: Target) -> set[Cut | GroupCut]:
     """Return all cuts that `choose` may name for a weight, whatever the number of rows."""
-    rows = (1, 16, 32, *range(64, _SHORT_ROWS + 1, 64))
-    found = {choose(form, tiles, chunks, number, target) for number in rows}
+    few = {choose(form, tiles, chunks, number, target) for number in (1, 16, 32)}
     if target.warpgroups:
-        found |= set(_warpgroups(form, chunks, _SHORT_ROWS + 1, target))
-    return found
+        return few | every_warpgroups_choice(form, tiles, chunks, target)
+    return few | {choose(form, tiles, chunks, number, target) for number in _MANY_ROWS}
+
+
+def every_warpgroups_choice(form: Form, tiles: int, chunks: int, target: Target) -> set[GroupCut]:
+    """Return all cuts that `choose_warpgroups` may name for a weight, whatever the number of rows."""
+    found = {choose_warpgroups(form, tiles, chunks, number, target) for number in _MANY_ROWS}
+    return found | set(_warpgroups(form, chunks, _SHORT_ROWS + 1, target))
 
 
 def _first_that_fits(cuts: Iterable[Cut], form: Form, target: Target) -> Cut:
@@ -110,7 +123,8 @@ def _some_rows(tiles: int, chunks: int, target: Target) -> Iterable[Cut]:
 
 def _warpgroups(form: Form, chunks: int, rows: int, target: Target) -> Iterator[GroupCut]:
     """Yield the cuts for wgmma that may suit so many rows."""
-    for tokens in (64, 128, 256) if _adds_up(form) else (64, 128):
+    # Codes that lie row by row take two chunks per stage, which is one too many for 256 rows.
+    for tokens in (64, 128, 256) if _adds_up(form) and not form.rows else (64, 128):
         yield group_cut(form, 2, tokens, chunks, 1, target)
         if rows <= _SHORT_ROWS and tokens <= 128:
             yield group_cut(form, 1, tokens, chunks, 1, target)

@@ -59,8 +59,10 @@ class Cut(NamedTuple):
     def shared_bytes(self, form: Form) -> int:
         """Return the shared memory of one block."""
         scale = {"": 0, "float32": 4}.get(form.scale, 2)
-        stage = self.tiles * (128 * form.bits + form.parts * 16 * (scale + form.zeros))
-        ring = self.warps_k * self.depth * (self.tokens * 128 + self.warps_n * stage)
+        # Of codes that lie row by row, all outputs of a tile share a scale.
+        scales = -(-self.tiles * scale // 16) * 16 if form.rows else self.tiles * form.parts * 16 * (scale + form.zeros)
+        stage = self.tiles * form.chunk * 2 * form.bits + scales
+        ring = self.warps_k * self.depth * (self.tokens * form.chunk * 2 + self.warps_n * stage)
         sums = self.warps_n * self.tiles * self.tokens // 8 * 512
         copies = self.warps_k + (self.warps_k > 1 and self.shares > 1) if self.warps_k * self.shares > 1 else 0
         return max(ring, copies * sums)
@@ -121,7 +123,7 @@ class GroupCut(NamedTuple):
 
     def boxes(self, form: Form) -> tuple[int, int, int]:
         """Return the bytes of codes, scales and zero points that a tile of 16 outputs has in a stage."""
-        parts = self.chunks * form.parts
+        parts = 0 if form.rows else self.chunks * form.parts
         aligned = not parts or parts % form.per_group == 0 or form.per_group % parts == 0
         groups = (parts - 1) // form.per_group + (1 if aligned else 2) if parts else 0
         scale = {"": 0, "float32": 4}.get(form.scale, 2)

@@ -15,9 +15,11 @@ _MOST_SHARED_MEMORY = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 _BOX_COLUMNS = 64
 """128 bytes, the widest that pieces of 16 bytes change places in."""
+_ROW_BOX = (128, 64)
+"""Codes that lie row by row, likewise: inputs and outputs of a box."""
 _BOX_TILES = 4
 """Tiles of a weight that `cuda/warpgroup.cu` has copied together."""
-_UINT64, _FLOAT16, _BFLOAT16 = 4, 6, 9
+_UINT8, _UINT64, _FLOAT16, _BFLOAT16 = 0, 4, 6, 9
 """CU_TENSOR_MAP_DATA_TYPE."""
 _PLACES_AS_THEY_ARE, _PLACES_CHANGED = 0, 3
 """CU_TENSOR_MAP_SWIZZLE_NONE, _128B."""
@@ -149,6 +151,19 @@ def matrix_map(address: int, rows: int, columns: int, stride: int, box_rows: int
     """
     kind, sizes = _FLOAT16 if half else _BFLOAT16, (columns, rows)
     return _map(address, kind, sizes, stride, (_BOX_COLUMNS, box_rows), _PLACES_CHANGED)
+
+
+@lru_cache(maxsize=4096)
+def rows_map(address: int, outputs: int, width: int) -> bytes:
+    """
+    Return the tensor map of codes that lie row by row, for boxes of 64 outputs and 128 inputs.
+
+    Args:
+        address: of the codes, a multiple of 16.
+        outputs: rows of them.
+        width: bytes of a row, a multiple of 16.
+    """
+    return _map(address, _UINT8, (width, outputs), width, _ROW_BOX, _PLACES_CHANGED)
 
 
 @lru_cache(maxsize=4096)

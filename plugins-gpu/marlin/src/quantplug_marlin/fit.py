@@ -24,15 +24,15 @@ _MOST_SLOTS = 4
 """Slots per input from which on so many are empty that the layout makes no sense."""
 
 # One H100: bytes per microsecond of a stream of weights, a call, and products of a weight and a row per microsecond.
-_BYTES_PER_US = 2.9e6
-_PRODUCTS_PER_US = {True: 3.7e8, False: 3.4e8}
+BYTES_PER_US = 2.9e6
+PRODUCTS_PER_US = {True: 3.7e8, False: 3.4e8}
 """Whether products are just added up; else sums of groups are scaled."""
 CALL_US = 2.0
 
 
 def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a problem on a platform, and at what cost."""
-    refusal = _refuse_place(problem, platform) or _refuse_weight(problem)
+    refusal = refuse_place(problem, platform) or _refuse_weight(problem)
     if refusal is not None:
         return refusal
     weight, k, n = problem.segments[0].weight, problem.in_features, problem.out_features
@@ -45,10 +45,10 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     held = _bytes_of(problem, slots)
     added_up = not slots.parts or weight.scale_dtype in {"float8_e8m0fnu", "float8_e4m3fn"}
     return Accepted(
-        Cost(CALL_US + held / _BYTES_PER_US, n * k / _PRODUCTS_PER_US[added_up]),
+        Cost(CALL_US + held / BYTES_PER_US, n * k / PRODUCTS_PER_US[added_up]),
         extra_bytes=max(0, held - problem.stored_bytes),
         notes=_notes(problem, platform, slots),
-        dequantize_us=CALL_US + (held + 2 * n * k) / _BYTES_PER_US,
+        dequantize_us=CALL_US + (held + 2 * n * k) / BYTES_PER_US,
     )
 
 
@@ -62,9 +62,12 @@ def _notes(problem: LinearProblem, platform: Platform, slots: Slots) -> tuple[st
     notes = ["x is gathered in the order of groups"] if weight.act_order else []
     if slots.count >= k + 64:
         notes.append(f"empty slots: {k} inputs are laid out as {slots.count}")
-    if version_of(platform) not in {(), _RUN}:
-        notes.append(f"compute capability {platform.arch}: not run on hardware")
-    return tuple(notes)
+    return (*notes, *notes_on(platform))
+
+
+def notes_on(platform: Platform) -> tuple[str, ...]:
+    """Return what a plan is told of a GPU that no kernel here was run on."""
+    return () if version_of(platform) in {(), _RUN} else (f"compute capability {platform.arch}: not run on hardware",)
 
 
 def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
@@ -88,7 +91,8 @@ def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
     return total
 
 
-def _refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
+def refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
+    """Return why a platform, or the dtype of x, is none of this plugin's."""
     if platform.kind != "cuda":
         return Rejected("platform", f"runs on cuda, not on {platform}")
     if platform.arch.startswith("gfx"):

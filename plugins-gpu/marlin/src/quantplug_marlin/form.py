@@ -48,6 +48,7 @@ class Form(NamedTuple):
         per_group: such parts per group.
         exact: whether codes times scales have few enough digits, and are near enough to 1, for the dtype of x, so that
             `cuda/warpgroup.cu` may multiply them instead of sums.
+        rows: whether codes lie row by row (`cuda/rowwise.cuh`), with chunks of 128 inputs, and not as lanes take them.
     """
 
     element: ElementType
@@ -56,6 +57,12 @@ class Form(NamedTuple):
     parts: int
     per_group: int
     exact: bool = False
+    rows: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """Inputs that `cuda/multiply.cu` takes at a time."""
+        return 128 if self.rows else 64
 
     @property
     def bits(self) -> int:
@@ -87,6 +94,7 @@ class Form(NamedTuple):
             "FOLDED": int(self.exact),
             "FOLD": fold,
             "UNFOLD": exponent - fold,
+            **({"ROWS": 1} if self.rows else {}),
         }
 
     def _float_operand(self) -> tuple[int, int]:

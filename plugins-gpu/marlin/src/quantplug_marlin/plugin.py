@@ -14,8 +14,9 @@ quantplug_api = ">=1,<2"
 
 @hookimpl
 def quantplug_kernels() -> list[Kernel]:
-    """Return the kernels for linear layers and for experts."""
+    """Return the kernels for linear layers, also in the layout of products in FP8, and for experts."""
     from quantplug_marlin.experts import MarlinExperts
     from quantplug_marlin.kernel import MarlinKernel
+    from quantplug_marlin.rowkernel import MarlinRowsKernel
 
-    return [MarlinKernel(), MarlinExperts()]
+    return [MarlinKernel(), MarlinRowsKernel(), MarlinExperts()]

@@ -72,6 +72,13 @@ __device__ __forceinline__ u32 place_code(const u32* words, int i) {
     return pick(code, SIGN, (code & (BITS == 8 ? 0x7F007F00u : 0x70007000u)) >> SHIFT);
 }
 
+// Two codes of a word, each a byte, the lower or the upper two.
+__device__ __forceinline__ u32 decode_pair(u32 word, bool upper) {
+    const u32 code = __byte_perm(word, 0, upper ? 0x3424 : 0x1404);
+    const u32 bits = pick(code, SIGN, (code & 0x7F007F00u) >> SHIFT);
+    return FACTOR_BITS ? multiply_add(bits, FACTOR_BITS * 0x00010001u, MINUS_ZERO) : bits;
+}
+
 // Decode one step, and multiply outputs g and g + 8 with powers of two, or what else leaves the product exact.
 __device__ __forceinline__ void decode_scaled(const u32* words, u32 upper, u32 lower, u32 (&a)[4]) {
 #pragma unroll

@@ -58,8 +58,32 @@ __device__ __forceinline__ u32 twice(float value) {
     return pair;
 }
 
-__device__ __forceinline__ void decode_chunk(const Place& at, int slot, int stage, int chunk, const u32 (&fixed)[2], u32 (&a)[4][4],
-                                             Scale (&scale)[SUBS ? SUBS : 1]) {
+// Operands are decoded here, and not further down among the products: those would have to wait for each other.
+__device__ __forceinline__ void keep_operands(u32 (&a)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+#if ROWS
+// Rows of 128 codes, whose pieces of 16 have changed places as those of x have; a step of 16 inputs is one piece.
+__device__ __forceinline__ void decode_chunk(const Args& args, const Place& at, const Work& work, int slot, int stage, int chunk,
+                                             const u32 (&)[2], u32 (&a)[4][4], Scale (&scale)[SUBS ? SUBS : 1]) {
+    const int g = at.lane >> 2;
+    const u32 codes = stage_at(at, slot) + X_BYTES + at.warp * CODE_BYTES + g * 128 + (at.lane & 3) * 2;
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            a[step][i] = decode_pair(load_shared<u16>(codes + (((chunk * 4 + step) ^ g) << 4) + (i & 1) * 1024 + (i >> 1) * 8), false);
+#if SUBS
+    const size_t across = (size_t)((work.tile + at.warp) / 8) * args.scale_across;
+    scale[0].upper = scale[0].lower = work.tile + at.warp < args.tiles ? args.blocks[across + (size_t)stage * args.scale_along] : 0.0f;
+#endif
+    keep_operands(a);
+}
+#else
+__device__ __forceinline__ void decode_chunk(const Args&, const Place& at, const Work&, int slot, int stage, int chunk,
+                                             const u32 (&fixed)[2], u32 (&a)[4][4], Scale (&scale)[SUBS ? SUBS : 1]) {
     const u32 codes = stage_at(at, slot) + X_BYTES;
     u32 words[4 * STEP_WORDS];
     read_codes(at, codes, chunk, words);
@@ -95,10 +119,9 @@ __device__ __forceinline__ void decode_chunk(const Place& at, int slot, int stag
         decode(words + step * STEP_WORDS, zero[sub][0], zero[sub][1], a[step]);
 #endif
     }
-    // Decoded here, and not further down among the products: those would have to wait for each other.
-#pragma unroll
-    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+    keep_operands(a);
 }
+#endif
 
 __device__ __forceinline__ void add_part(float (&sums)[SUMS], float (&part)[SUMS], const Scale& scale) {
     keep(part);
@@ -137,7 +160,7 @@ __device__ __forceinline__ void release_previous(const Place& at, const Reader& 
     if (at.lane == 0) arrive_barrier(at.empty + (reader.slot == 0 ? DEPTH - 1 : reader.slot - 1) * 8);
 }
 
-__device__ __forceinline__ void consume(const Place& at, const u32 (&fixed)[2], Reader& reader, float (&sums)[SUMS]) {
+__device__ __forceinline__ void consume(const Args& args, const Place& at, const Work& work, const u32 (&fixed)[2], Reader& reader, float (&sums)[SUMS]) {
     constexpr int PIECES = STAGES * CHUNKS;  // per turn of the loop, of 64 inputs
     u32 a[2][4][4];
 #if SCALED
@@ -145,7 +168,7 @@ __device__ __forceinline__ void consume(const Place& at, const u32 (&fixed)[2], 
     float part[2][SUMS];
     Scale next[SUBS], scale[RUNS];
     wait_stage(at, reader);
-    decode_chunk(at, reader.slot, at.begin, 0, fixed, a[0], next);
+    decode_chunk(args, at, work, reader.slot, at.begin, 0, fixed, a[0], next);
 #pragma unroll 1
     for (int stage = at.begin; stage < at.end; stage += STAGES) {
 #pragma unroll
@@ -169,7 +192,7 @@ __device__ __forceinline__ void consume(const Place& at, const u32 (&fixed)[2], 
             }
             if (PIECES == 1) wait_products<0>();  // the registers that the next chunk is decoded into are free now
             if (chunk < CHUNKS - 1 || ahead < at.end)
-                decode_chunk(at, reader.slot, ahead, (piece + 1) % CHUNKS, fixed, a[(piece + 1) % PIECES & 1], next);
+                decode_chunk(args, at, work, reader.slot, ahead, (piece + 1) % CHUNKS, fixed, a[(piece + 1) % PIECES & 1], next);
         }
         wait_products<0>();
         release_previous(at, reader);
@@ -184,7 +207,7 @@ __device__ __forceinline__ void consume(const Place& at, const u32 (&fixed)[2], 
             const int chunk = piece % CHUNKS, held = piece & (PIECES > 1);
             if (chunk == 0) wait_stage(at, reader);
             wait_products<(PIECES > 1)>();  // the registers that this chunk is decoded into are free now
-            decode_chunk(at, reader.slot, stage + piece / CHUNKS, chunk, fixed, a[held], scale);
+            decode_chunk(args, at, work, reader.slot, stage + piece / CHUNKS, chunk, fixed, a[held], scale);
             multiply_steps(sums, a[held], describe_x(stage_at(at, reader.slot) + chunk * TOKENS * 128), 0, 4, false);
             if (chunk == 0) {
                 wait_products<1>();

@@ -7,6 +7,12 @@
 #define WIDTH (args.outputs)
 #endif
 
+#if ROWS
+#define FACTOR_STEP (args.factor_step)
+#else
+#define FACTOR_STEP 1
+#endif
+
 // Zero points of weights that have one group only; they hold for all chunks.
 __device__ __forceinline__ void read_fixed_zeros(const Args& args, const Place& at, const Work& work, u32 (&fixed)[2]) {
     fixed[0] = fixed[1] = LIFT | SIGN | MIDDLE * 0x00010001u;
@@ -39,7 +45,7 @@ __device__ __forceinline__ Finish finish_of(const Args& args, const Place& at, c
         const int output = first_output(at, work) + (at.lane >> 2) + (PAIRED ? 0 : row * 8);
         const size_t place = ((size_t)work.expert * (PAIRED ? 2 : 1) + (PAIRED ? row : 0)) * args.outputs + output;
         how.inside[row] = output < args.outputs;
-        how.factor[row] = how.inside[row] && args.factor != nullptr ? args.factor[place] : 1.0f;
+        how.factor[row] = how.inside[row] && args.factor != nullptr ? args.factor[place * FACTOR_STEP] : 1.0f;
         how.bias[row] = how.inside[row] && args.bias != nullptr ? to_float(args.bias[place], HALF) : 0.0f;
 #if FOLDED
         how.factor[row] *= power_of_two(UNFOLD);

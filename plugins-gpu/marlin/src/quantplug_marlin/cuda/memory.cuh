@@ -7,6 +7,16 @@ __device__ __forceinline__ void copy_stream(u32 to, const void* from, u64 policy
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy));
 }
 
+// The same, of which only the first `bytes` are read; the rest is filled with zeros.
+__device__ __forceinline__ void copy_stream(u32 to, const void* from, u32 bytes, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes), "l"(policy));
+}
+
+// Four bytes.
+__device__ __forceinline__ void copy_word(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
+}
+
 // 16 bytes, of which only the first `bytes` are read; the rest is filled with zeros.
 __device__ __forceinline__ void copy_filled(u32 to, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));

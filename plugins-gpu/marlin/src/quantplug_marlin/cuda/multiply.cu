@@ -5,6 +5,8 @@
 // shared memory; SHARES blocks (a cluster, or gridDim.z blocks whose sums another kernel adds) share the chunks, too.
 // Every sum is added up in one fixed order.
 //
+// Codes lie as lanes take them, or with ROWS row by row, as rowwise.cuh says.
+//
 // Set by the host, beside what codes.cuh names: TILES (of 16 outputs per warp), TOKENS (rows of x per block, a multiple of
 // 8), WARPS_N, WARPS_K, DEPTH (chunks under way), SHARES, BLOCKS (per multiprocessor), SUBS (scales per chunk and output:
 // 0, 1, 2 or 4), PER_GROUP (such parts of a chunk per group), SCALE_BYTES (2 or 4), SCALE_HALF.
@@ -20,11 +22,17 @@
 #define ROW_TILES (TOKENS / 8)
 #define ITEMS (TILES * ROW_TILES) /* pieces of 16 outputs x 8 rows per warp */
 
-#define CODE_STAGE (TILES * UNIT_BYTES)
-#define SCALE_STAGE (TILES * SUBS * 16 * SCALE_BYTES)
+#ifndef ROWS
+#define ROWS 0
+#endif
+#define CHUNK (ROWS ? 128 : 64) /* inputs */
+
+#define CODE_STAGE (TILES * CHUNK * 2 * BITS)
+#define SCALE_TILE (ROWS ? 4 : 16 * SCALE_BYTES)
+#define SCALE_STAGE ((TILES * SUBS * SCALE_TILE + 15) / 16 * 16)
 #define ZERO_STAGE (ZEROS ? TILES * SUBS * 16 : 0)
 #define WARP_STAGE (CODE_STAGE + SCALE_STAGE + ZERO_STAGE)
-#define X_STAGE (TOKENS * 128)
+#define X_STAGE (TOKENS * CHUNK * 2)
 #define X_RING (DEPTH * X_STAGE)
 #define RING_BYTES (WARPS_K * X_RING + WARPS_N * WARPS_K * DEPTH * WARP_STAGE)
 #define SUM_BYTES (WARPS_N * ITEMS * 512)
@@ -48,6 +56,10 @@ struct Args {
     float* shares;
     long long x_stride;  // bytes from one row of x to the next
     int rows, outputs, inputs, tiles, chunks, groups;  // outputs, tiles: of one expert
+#if ROWS
+    int width, factor_step;           // bytes of a row of codes; elements from one output's factor to the next
+    int scale_across, scale_along;    // elements from the scale of a block to that of the next outputs, the next inputs
+#endif
 #if EXPERTS
     int top_k, y_stride;  // elements from one row of y to the next
     const int* order;     // which choice each place is for: row * top_k + turn, or -1
@@ -91,54 +103,34 @@ __device__ __forceinline__ int source_row(const Args& args, const Place& at, int
 #endif
 }
 
-#include "stages.cuh"
-
-// Scales and negated zeros of one tile and part of a chunk, for outputs g and g + 8 of this lane.
-struct Scale {
-    float upper, lower;
-    u32 zero_upper, zero_lower;
-};
-
-__device__ __forceinline__ Scale read_scale(const Place& at, int stage, int place) {
-    Scale scale = {1.0f, 1.0f, LIFT | SIGN | MIDDLE * 0x00010001u, LIFT | SIGN | MIDDLE * 0x00010001u};
-#if SUBS
-    const u32 from = at.warp_ring + stage * WARP_STAGE + CODE_STAGE;
-    const int g = at.lane >> 2;
-#if SCALE_BYTES == 4
-    const float2 pair = load_shared<float2>(from + place * 64 + g * 8);
-    scale.upper = pair.x, scale.lower = pair.y;
-#else
-    const u32 pair = load_shared<u32>(from + place * 32 + g * 4);
-    scale.upper = to_float((u16)pair, SCALE_HALF), scale.lower = to_float((u16)(pair >> 16), SCALE_HALF);
-#endif
-#if ZEROS
-    const u32 zeros = load_shared<u16>(from + SCALE_STAGE + place * 16 + g * 2);
-    scale.zero_upper = negated_zero(zeros & 255), scale.zero_lower = negated_zero(zeros >> 8);
-#endif
-#endif
-    return scale;
-}
-
-__device__ __forceinline__ void scale_sums(float* sums, float* part, int count, const Scale& scale) {
-#pragma unroll
-    for (int i = 0; i < count; i += 4) {
-        sums[i] = fmaf(part[i], scale.upper, sums[i]);
-        sums[i + 1] = fmaf(part[i + 1], scale.upper, sums[i + 1]);
-        sums[i + 2] = fmaf(part[i + 2], scale.lower, sums[i + 2]);
-        sums[i + 3] = fmaf(part[i + 3], scale.lower, sums[i + 3]);
-    }
-}
-
-__device__ __forceinline__ void read_codes(const Place& at, int stage, int tile, u32 (&words)[4 * STEP_WORDS]) {
-    const u32 from = at.warp_ring + stage * WARP_STAGE + tile * UNIT_BYTES + at.lane * 16;
-#pragma unroll
-    for (int part = 0; part < STEP_WORDS; ++part) {
-        const uint4 four = load_shared<uint4>(from + part * 512);
-        words[part * 4] = four.x, words[part * 4 + 1] = four.y, words[part * 4 + 2] = four.z, words[part * 4 + 3] = four.w;
-    }
-}
-
+#include "inputs.cuh"
 #include "warp.cuh"
+
+#if ROWS
+#include "rowwise.cuh"
+#else
+#include "tiles.cuh"
+#endif
+
+// Copy, wait and multiply, chunk by chunk.
+__device__ __forceinline__ void run(const Args& args, const Place& at, int begin, int end, u64 policy,
+                                    const int (&source)[X_PIECES], const u32 (&fixed)[TILES][2],
+                                    float (&sums)[TILES][ROW_TILES * 4]) {
+    int stage = 0;
+#pragma unroll 1
+    for (int chunk = begin; chunk < end; chunk += WARPS_K) {
+        wait_copies<AHEAD - 1>();
+        meet_group(at.warp_k);
+        const int next = chunk + AHEAD * WARPS_K, free = stage == 0 ? DEPTH - 1 : stage - 1;
+        if (next < end) {
+            copy_weights(args, at, free, next, policy);
+            copy_x(args, at, free, next, source);
+        }
+        commit_copies();
+        multiply_chunk(at, stage, fixed, sums);
+        stage = stage + 1 == DEPTH ? 0 : stage + 1;
+    }
+}
 
 // Zero points of weights that have one group only; they hold for all chunks.
 __device__ __forceinline__ void read_fixed_zeros(const Args& args, const Place& at, u32 (&fixed)[TILES][2]) {
@@ -267,10 +259,10 @@ __launch_bounds__(THREADS, BLOCKS) multiply(const __grid_constant__ Args args) {
 #if !EXPERTS
     wait_for_earlier_kernels();
 #endif
-    int source[PIECES];
+    int source[X_PIECES];
 #pragma unroll
-    for (int turn = 0; turn < PIECES; ++turn) {
-        const int row = (turn * GROUP_THREADS + at.warp_n * 32 + at.lane) >> 3;
+    for (int turn = 0; turn < X_PIECES; ++turn) {
+        const int row = (turn * GROUP_THREADS + at.warp_n * 32 + at.lane) / COLUMNS;
         source[turn] = row < TOKENS ? source_row(args, at, row) : -1;
     }
     fetch_x(args, at, begin, end, source);

@@ -55,6 +55,10 @@ __device__ __forceinline__ void copy_weights(const Args& args, const Place& at, 
     if (warp == 0) expect_bytes(full, X_BYTES + TILES * (CODE_BYTES + SCALE_BLOCK + ZERO_BLOCK));
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group) {
+#if ROWS
+        const int output = (work.tile + group * 4) * 16;
+        if (warp == group) copy_weight(codes + group * 4 * CODE_BYTES, args.codes, stage * 128, output, full, once, policy);
+#else
         const int tile = work.expert * args.tiles + work.tile + (PAIRED ? group * (args.tiles / 2) : group * 4);
         if (warp == group) copy_weight(codes + group * 4 * CODE_BYTES, args.codes, stage * (CODE_BYTES / 8), tile, full, once, policy);
 #if SUBS
@@ -63,6 +67,7 @@ __device__ __forceinline__ void copy_weights(const Args& args, const Place& at, 
 #if ZEROS
         const u32 zeros = scales + GROUPS * SCALE_PART + group * ZERO_PART;
         if (warp == 3) copy_weight(zeros, args.zeros, first * 2, tile, full, once, policy);
+#endif
 #endif
 #endif
     }

@@ -6,13 +6,17 @@ __device__ __forceinline__ int item_of(int item, int) { return item; }
 
 __device__ __forceinline__ void store(const Args& args, int row, int output, float value) {
     if (row >= args.rows || output >= args.outputs) return;
-#if SHARES == 1
+#if SHARES == 1 && !ROWS
     if (args.shares != nullptr) {
         args.shares[((size_t)blockIdx.z * args.rows + row) * args.outputs + output] = value;
         return;
     }
 #endif
+#if ROWS
+    if (args.factor != nullptr) value *= args.factor[output * args.factor_step];
+#else
     if (args.factor != nullptr) value *= args.factor[output];
+#endif
     if (args.bias != nullptr) value += to_float(args.bias[output], HALF);
     args.y[(size_t)row * args.outputs + output] = from_float(value, HALF);
 }

@@ -14,6 +14,9 @@
 // (scales per 64 inputs and output: 0, 1, 2 or 4), PER_GROUP (such parts per group), SCALE_BYTES, SCALE_HALF, FOLDED, FOLD and
 // UNFOLD (exponents of powers of two that multiply scales and whole sums, so that scaled codes are within the operands' range).
 //
+// With ROWS, codes are 8-bit floats that lie row by row, in stages of 128 inputs (CHUNKS is 2), and where there are scales,
+// blocks of 128 x 128 share one (SUBS is 1, PER_GROUP 2).
+//
 // Experts: with EXPERTS = 1 or 2 it is the first or the second product of a mixture, see multiply.cu. Gate and up of one
 // output are rows g and g + 8 of one warp.
 
@@ -26,6 +29,9 @@
 #define GATED 0
 #endif
 #define PAIRED (EXPERTS == 1 && GATED)
+#ifndef ROWS
+#define ROWS 0
+#endif
 
 #define CONSUMERS (128 * GROUPS)
 #define THREADS (CONSUMERS + 128)
@@ -37,7 +43,7 @@
 #define STAGE_SUBS (CHUNKS * SUBS)
 // Groups that a stage may touch: one more where they do not begin with stages.
 #define ALIGNED (STAGE_SUBS % PER_GROUP == 0 || PER_GROUP % (SUBS ? STAGE_SUBS : 1) == 0)
-#define STAGE_GROUPS (SUBS ? (STAGE_SUBS - 1) / PER_GROUP + (ALIGNED ? 1 : 2) : 0)
+#define STAGE_GROUPS (SUBS && !ROWS ? (STAGE_SUBS - 1) / PER_GROUP + (ALIGNED ? 1 : 2) : 0)
 // A scale covers a whole stage.
 #define LONG (SCALED && CHUNKS == 2 && SUBS == 1 && PER_GROUP % 2 == 0)
 #define RUNS (LONG ? STAGES : STAGES * STAGE_SUBS) /* of products with one scale, per turn of the loop */
@@ -62,6 +68,10 @@ struct Args {
     const u16* bias;
     u16* y;
     int rows, outputs, tiles, chunks;  // outputs, tiles: of one expert
+#if ROWS
+    const float* blocks;                         // their scales
+    int factor_step, scale_across, scale_along;  // see multiply.cu
+#endif
 #if EXPERTS
     int top_k, y_stride;  // elements from one row of y to the next
     const int* order;     // which choice each place is for, or -1
@@ -132,7 +142,7 @@ __launch_bounds__(THREADS, 1) multiply(const __grid_constant__ Args args) {
             float sums[SUMS];
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-            consume(at, fixed, reader, sums);
+            consume(args, at, work, fixed, reader, sums);
             finish(args, at, work, sums, memory, shared_address(buffers) + at.warp * 1024);
         }
     }

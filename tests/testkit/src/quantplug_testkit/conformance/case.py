@@ -4,6 +4,7 @@ One kernel on one hazard: prepared, run, and held against the oracle.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,8 @@ class Subject(Asked):
         Return the hazards that the kernel accepts on the platform.
 
         Where it needs uniform segments, it is asked about no others: the core would split such a layer. Problems whose
-        permission to quantize x it leaves unused are those of the weights alone, and the first family will do.
+        permission to quantize x it leaves unused are those of the weights alone, and the first family will do, unless
+        it refuses the weights alone.
         """
         uniform_only = self.kernel.traits.uniform_segments
         found: list[Hazard] = []
@@ -69,12 +71,16 @@ class Subject(Asked):
             verdict = self.kernel.supports(hazard.problem, self.platform)
             if not isinstance(verdict, Accepted) or (uniform_only and not hazard.problem.uniform):
                 continue
-            if hazard.problem.activation is not None and not verdict.quantizes_x:
+            if hazard.problem.activation is not None and not verdict.quantizes_x and self._takes_alone(hazard.problem):
                 unused = unused or hazard.family
                 if hazard.family != unused:
                     continue
             found.append(hazard)
         return found
+
+    def _takes_alone(self, problem: LinearProblem) -> bool:
+        """Return whether the kernel accepts a problem's weights without the permission to quantize x."""
+        return isinstance(self.kernel.supports(replace(problem, activation=None), self.platform), Accepted)
 
     def case(self, hazard: Hazard) -> Case:
         """Return the kernel prepared for a hazard."""
