@@ -1,4 +1,4 @@
-"""Fused layers, stored scales and scales of x of every kind: what shares a product, and what is refused."""
+"""The operator: one scale for all of x, strides, torch's rules, and what cannot be run."""
 
 from __future__ import annotations
 
@@ -9,80 +9,29 @@ import pytest
 import torch
 
 from quantplug.activations import read_activation
-from quantplug.kernel import Accepted
 from quantplug.platform import Platform
-from quantplug.spec import ElementType, LinearProblem, PerBlock, PerChannel, PerTensor, SegmentSpec, WeightSpec
-from quantplug.weight import ActivationParams
+from quantplug.spec import ElementType, LinearProblem, PerChannel, PerTensor, SegmentSpec, WeightSpec
 from quantplug_cublas import product
 from quantplug_cublas.kernel import CublasKernel, _probe
 from quantplug_testkit.canonical import make_weight
 
-KERNEL, GPU, CPU = CublasKernel(), Platform.parse("cuda:9.0"), torch.device("cpu")
+KERNEL, CPU = CublasKernel(), torch.device("cpu")
 WHOLE = WeightSpec(ElementType.FLOAT8_E4M3FN, PerTensor(), "float32")
 ROWS = replace(WHOLE, granularity=PerChannel())
-BLOCKS = replace(WHOLE, granularity=PerBlock(128, 128))
 
 
-def problem(spec, sizes, activation, k=96, dtype="float32"):
+def problem(spec, sizes, activation):
     segments = tuple(SegmentSpec(size, spec) for size in sizes)
-    return LinearProblem(k, segments, dtype, activation=read_activation(activation, "here"))
+    return LinearProblem(96, segments, "float32", activation=read_activation(activation, "here"))
 
 
-def weights(asked, seed=0):
-    generator = np.random.default_rng(seed)
+def weights(asked):
+    generator = np.random.default_rng(0)
     return [make_weight(s.weight, s.out_features, asked.in_features, generator) for s in asked.segments]
 
 
-def stored(*scales):
-    return [ActivationParams(torch.tensor(scale, dtype=torch.float32)) for scale in scales]
-
-
-def prepare(asked, params=None, **options):
-    return KERNEL.prepare(asked, weights(asked), params or [None] * len(asked.segments), CPU, **options)
-
-
-@pytest.mark.parametrize(
-    ("spec", "sizes", "activation", "scales", "parts"),
-    [
-        (WHOLE, (64, 32), "float8_e4m3fn/tensor/static", (0.01, 0.01), 1),
-        (WHOLE, (64, 32), "float8_e4m3fn/tensor/static", (0.01, 0.02), 2),
-        (ROWS, (64, 32), "float8_e4m3fn/token/dynamic", None, 1),
-        (BLOCKS, (256, 128, 40), "float8_e4m3fn/group128/dynamic", None, 1),
-        (BLOCKS, (200, 128), "float8_e4m3fn/group128/dynamic", None, 2),
-    ],
-)
-def test_segments_share_a_product_where_they_can(spec, sizes, activation, scales, parts):
-    asked = problem(spec, sizes, activation)
-    verdict = KERNEL.supports(asked, GPU)
-    assert isinstance(verdict, Accepted)
-    made = prepare(asked, None if scales is None else stored(*scales))
-    assert made.meta["parts"] == parts
-    assert [weight.out_features for weight in KERNEL.unprepare(made)] == list(sizes)
-    entitled = sum(weight.codes.nbytes + weight.scales.nbytes for weight in weights(asked))
-    assert made.nbytes <= entitled + verdict.extra_bytes
-
-
-def test_equal_segments_may_not_become_different_ones_in_place():
-    asked = problem(WHOLE, (64, 32), "float8_e4m3fn/tensor/static")
-    made = prepare(asked, stored(0.01, 0.01))
-    with pytest.raises(ValueError, match="make 2 parts of the layer, not 1 as before"):
-        prepare(asked, stored(0.01, 0.02), out=made)
-
-
-def test_a_stored_scale_that_is_missing_is_named():
-    asked = problem(WHOLE, (64, 32), "float8_e4m3fn/tensor/static")
-    with pytest.raises(ValueError, match="a stored scale of x is missing: "):
-        prepare(asked, [*stored(0.01), None])
-
-
-def test_scales_in_float64_are_rounded_and_have_no_way_back():
-    asked = problem(ROWS, (32,), "float8_e4m3fn/token/dynamic")
-    (weight,) = weights(asked)
-    exact = replace(weight, scales=weight.scales.double() / 3)
-    made = KERNEL.prepare(asked, [exact], [None], CPU)
-    assert torch.equal(KERNEL.dequantize(made, torch.float32), exact.dequantize())
-    with pytest.raises(NotImplementedError, match="holds float64 scales in float32"):
-        KERNEL.unprepare(made)
+def prepare(asked):
+    return KERNEL.prepare(asked, weights(asked), [None] * len(asked.segments), CPU)
 
 
 @pytest.mark.parametrize("spec", [WHOLE, ROWS])
