@@ -71,6 +71,22 @@ def test_permissions_that_a_kernel_uses_are_tried_all():
     assert len({hazard.family for hazard in spared}) == 1
 
 
+def test_a_kernel_for_such_layers_only_is_tried_on_all_though_it_leaves_x_as_it_is():
+    class Permitted(ReferenceKernel):
+        name = "permitted"
+
+        def supports(self, problem, platform):
+            if problem.activation is None:
+                return Rejected("activation", "the file permits none", "another kernel")
+            return Accepted(Cost(1, 1))
+
+    class Those(LinearKernelConformance):
+        kernel = Permitted()
+
+    permitted = {hazard.family for hazard in CATALOGUE if hazard.problem.activation is not None}
+    assert {hazard.family for hazard in Those().accepted()} == permitted
+
+
 def test_an_untouched_class_is_intact():
     """Settings are the only thing a vendor needs to change."""
     Conformance().test_standard_tests_are_intact()
