@@ -3,7 +3,8 @@ A stand-in for the package humming where there is no GPU: the functions that the
 
 It takes what humming takes, and complains where humming would; what it makes of a weight is a layout of its own. Values
 are those that humming multiplies with: weights of groups are rounded to bfloat16, and so are sums before the scale of a
-row, and a float8_e8m0fnu byte is read as an exponent field.
+row, and a float8_e8m0fnu byte is read as an exponent field. Codes of x are multiplied in float32, which is more than
+tensor cores have, and each 128 by their scales, where they are given so.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class LayerConfig:
     weight_scale_type: str | None
     has_zero_point: bool
     has_bias: bool
+    input_scale_group_size: int = 0
+    weight_scale_group_size_n: int = 0
     num_experts: int = 0
 
     def to_str(self) -> str:
@@ -60,6 +63,9 @@ def transform_humming_tensors(config, tensors, already_padded):
     if config.weight_scale_type == "tensor":
         assert scale.shape == (1,)
         assert scale.dtype == torch.float32
+    elif config.weight_scale_group_size_n:
+        assert scale.shape == (config.shape_n // config.weight_scale_group_size_n, groups)
+        assert scale.dtype == torch.float32
     else:
         assert scale.shape == (config.shape_n, groups)
         assert str(scale.dtype) == {"e8m0": "torch.float8_e8m0fnu"}.get(config.bs_dtype, "torch.bfloat16")
@@ -83,6 +89,9 @@ def decode(config, weight, scales, zeros):
             if config.has_zero_point:
                 groups = unpack(zeros.t(), 4).t().float()
                 values = codes.float() - groups.repeat_interleave(config.weight_scale_group_size, 1)
+    if config.weight_scale_group_size_n:
+        size = config.weight_scale_group_size
+        return values * scales.repeat_interleave(128, 0).repeat_interleave(size, 1), torch.ones(1)
     if not config.weight_scale_group_size:
         return values, scales.float().reshape(1, -1) if config.weight_scale_type != "tensor" else scales.float()
     if config.bs_dtype == "e8m0":
@@ -94,10 +103,12 @@ def decode(config, weight, scales, zeros):
     return values.bfloat16().float(), torch.ones(1)
 
 
-def product(config, x, weight, scales, zeros, bias):
+def product(config, x, x_scales, weight, scales, zeros, bias):
     """Return `[M, N]` as humming stores it."""
     values, scale = decode(config, weight, scales, zeros)
     x = torch.nn.functional.pad(x.float(), (0, config.pad_shape_k))
+    if x_scales is not None:
+        x = x * x_scales.repeat_interleave(config.input_scale_group_size or config.shape_k, 1)
     y = x @ values.t()
     sums = y if config.weight_scale_type == "tensor" else y.bfloat16().float()
     y = (sums * scale).bfloat16()
@@ -108,7 +119,7 @@ def product(config, x, weight, scales, zeros, bias):
 
 def humming_gemm(
     *, layer_config, tuning_config, inputs, weight, weight_scale, zero_point, bias, locks, compute_config="{}",
-    sorted_ids=None, expert_ids=None, num_tokens_padded=None, top_k=1,
+    input_scale=None, sorted_ids=None, expert_ids=None, num_tokens_padded=None, top_k=1,
 ):  # fmt: skip
     config = LayerConfig(**json.loads(layer_config))
     tuning = json.loads(tuning_config)
@@ -117,9 +128,10 @@ def humming_gemm(
     assert (config.has_bias, config.has_zero_point) == (bias is not None, zero_point is not None)
     assert not locks.any()
     assert all(each.data_ptr() % 16 == 0 for each in (inputs, locks))
+    check_x(config, inputs, input_scale)
     if sorted_ids is None:
         assert (compute_config, config.num_experts) == ("{}", 0)
-        return product(config, inputs, weight, weight_scale, zero_point, bias)
+        return product(config, inputs, input_scale, weight, weight_scale, zero_point, bias)
     assert json.loads(compute_config) == {"gemm_type": "indexed"}
     assert not tuning["use_pdl"]
     assert sorted_ids.data_ptr() % 16 == 0
@@ -137,8 +149,23 @@ def humming_gemm(
         ids = ids[ids < count]
         of_expert = [None if each is None else each[expert] for each in (weight, weight_scale, zero_point, bias)]
         assert bool(y[ids].isnan().all()), "a choice is in two blocks"
-        y[ids] = product(config, inputs[ids // top_k], *of_expert)
+        rows_of = ids // top_k
+        scales = None if input_scale is None else input_scale[rows_of]
+        y[ids] = product(config, inputs[rows_of], scales, *of_expert)
     return y
+
+
+def check_x(config, x, scales):
+    if config.a_dtype == "bfloat16":
+        assert (x.dtype, scales, config.input_scale_group_size) == (torch.bfloat16, None, 0)
+        return
+    assert (config.a_dtype, x.dtype) == ("float8e4m3", torch.float8_e4m3fn)
+    groups = config.shape_k // (config.input_scale_group_size or config.shape_k)
+    assert (scales.dtype, scales.shape) == (torch.float32, (len(x), groups))
+    assert scales.is_contiguous()
+    assert scales.untyped_storage().nbytes() >= 4 * groups * (-(-len(x) // 4) * 4), "it is read by four rows"
+    if config.weight_scale_group_size_n:
+        assert config.input_scale_group_size == config.weight_scale_group_size == 128
 
 
 class Heuristics:

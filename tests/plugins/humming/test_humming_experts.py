@@ -21,7 +21,7 @@ from quantplug_testkit.conformance.experts.case import ExpertCase
 from quantplug_testkit.conformance.experts.routing import scatter
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
-from quantplug_humming.mixture import Choices, most_blocks, to_blocks  # needs triton
+from quantplug_humming.routing import Choices, most_blocks, to_blocks  # needs triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton compiles for the GPU here: see tests/device", allow_module_level=True)
@@ -109,7 +109,13 @@ def test_choices_are_put_in_order_also_in_several_goes(count, experts, rows):
         expected += mine + [count] * (own * rows - len(mine))
         owners += [expert] * own
     assert int(blocks.total) == len(expected)
-    assert blocks.order[: len(expected)].tolist() == expected
+    found = blocks.order[: len(expected)].view(-1, rows)
+    for expert in range(experts):
+        mine = [place for place, owner in enumerate(owners) if owner == expert]
+        held = found[mine].flatten().tolist()
+        wanted = [choice for place in mine for choice in expected[place * rows : (place + 1) * rows]]
+        assert sorted(held) == sorted(wanted)
+        assert held[len(wanted) - wanted.count(count) :] == [count] * wanted.count(count)
     assert blocks.owners[: len(owners)].tolist() == owners
     assert not blocks.locks.any()
 

@@ -1,5 +1,5 @@
 """
-What Triton compiles around humming's two products: routing, the function between them, and the sum over experts.
+What Triton compiles around humming's two products: quantizing x, the function between them, and the sum over experts.
 
 A choice is one of the M * T entries of the router's ids, counted row by row.
 """
@@ -9,68 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _local(ids_ptr, map_ptr, choices, count, experts, mapped, MAP: tl.constexpr):
-    """Return int32 numbers of the experts that choices name; `experts` for those that are nobody's here."""
-    numbers = tl.load(ids_ptr + choices, mask=choices < count, other=-1)
-    if MAP:
-        known = (numbers >= 0) & (numbers < mapped)
-        numbers = tl.load(map_ptr + numbers, mask=known, other=-1)
-    return tl.where((numbers >= 0) & (numbers < experts), numbers, experts).to(tl.int32)
-
-
-@triton.jit
-def tally(ids_ptr, map_ptr, counts_ptr, count, experts, mapped, MAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write how many choices name each expert: a program counts its own, which is less work than counting all."""
-    expert = tl.program_id(0)
-    hits = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, count, BLOCK):
-        local = _local(ids_ptr, map_ptr, start + tl.arange(0, BLOCK), count, experts, mapped, MAP)
-        hits += (local == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(hits))
-
-
-@triton.jit
-def route(
-    ids_ptr, map_ptr, counts_ptr, order_ptr, owners_ptr, total_ptr, locks_ptr, count, experts, mapped, rows,
-    MAP: tl.constexpr, TALLIED: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
-    LOCKS: tl.constexpr,
-):  # fmt: skip
-    """
-    Put choices in the order of experts, in blocks of `rows` of one expert each, as humming's indexed product wants it.
-
-    `order` holds the choices of each block, filled up with `count`; `owners` the expert of each block; `total` the
-    places in blocks that are anybody's. Where choices fit into one go, every program counts those of all experts by
-    itself; otherwise `tally` did. One program more than there are experts writes the total, and the zeros that
-    humming's counters begin with.
-    """
-    expert = tl.program_id(0)
-    numbers = tl.arange(0, BINS)
-    within = tl.arange(0, BLOCK)
-    if TALLIED:
-        counts = tl.load(counts_ptr + numbers, mask=numbers < experts, other=0)
-    else:
-        counts = tl.histogram(_local(ids_ptr, map_ptr, within, count, experts, mapped, MAP), BINS)
-    blocks = tl.where(numbers < experts, (counts + rows - 1) // rows, 0)
-    if expert == experts:
-        tl.store(total_ptr, tl.sum(blocks) * rows)
-        tl.store(locks_ptr + tl.arange(0, LOCKS), 0)
-    else:
-        block = tl.sum(tl.where(numbers < expert, blocks, 0))
-        own = tl.sum(tl.where(numbers == expert, blocks, 0))
-        if own > 0:
-            for start in range(0, own, BLOCK):
-                tl.store(owners_ptr + block + start + within, expert, mask=start + within < own)
-            place = block * rows
-            end = place + own * rows
-            for start in range(0, count, BLOCK):
-                local = _local(ids_ptr, map_ptr, start + within, count, experts, mapped, MAP)
-                hits = (local == expert).to(tl.int32)
-                tl.store(order_ptr + place + tl.cumsum(hits, 0) - 1, start + within, mask=hits > 0)
-                place += tl.sum(hits)
-            rest = place + tl.arange(0, FILL)
-            tl.store(order_ptr + rest, count, mask=rest < end)
+from quantplug_humming.routingdevice import local_of
 
 
 @triton.jit
@@ -97,26 +36,102 @@ def _named(z, alpha, NAME: tl.constexpr):
 
 
 @triton.jit
+def _activated(
+    gate_ptrs, inside, width, limit, alpha, up_offset,
+    GATED: tl.constexpr, LIMITED: tl.constexpr, NAME: tl.constexpr,
+):  # fmt: skip
+    """Return f in float32 of elements of a first product, up `width` behind gate; outside: f of 0."""
+    gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(gate_ptrs + width, mask=inside, other=0.0).to(tl.float32)
+        if LIMITED:
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+        h = _named(gate, alpha, NAME) * (up + up_offset)
+    else:
+        h = _named(gate, alpha, NAME)
+    return h
+
+
+@triton.jit
 def between(
     product_ptr, ids_ptr, map_ptr, h_ptr, count, experts, mapped, width, limit, alpha, up_offset,
     MAP: tl.constexpr, GATED: tl.constexpr, LIMITED: tl.constexpr, NAME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write `h [M * T, width]`, f of the first product `[M * T, width or 2 width]`, for choices that are anybody's."""
     choice = tl.program_id(0)
-    here = _local(ids_ptr, map_ptr, choice + tl.arange(0, 1), count, experts, mapped, MAP) < experts
+    here = local_of(ids_ptr, map_ptr, choice + tl.arange(0, 1), count, experts, mapped, MAP) < experts
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = here & (columns < width)
     row = tl.cast(choice, tl.int64) * width
-    if GATED:
-        gate = tl.load(product_ptr + 2 * row + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(product_ptr + 2 * row + width + columns, mask=inside, other=0.0).to(tl.float32)
-        if LIMITED:
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit)
-        h = _named(gate, alpha, NAME) * (up + up_offset)
-    else:
-        h = _named(tl.load(product_ptr + row + columns, mask=inside, other=0.0).to(tl.float32), alpha, NAME)
+    h = _activated(
+        product_ptr + row * (2 if GATED else 1) + columns, inside, width, limit, alpha, up_offset, GATED, LIMITED, NAME
+    )
     tl.store(h_ptr + row + columns, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _encoded(values, TOP: tl.constexpr, LEAST: tl.constexpr, GROUPED: tl.constexpr):
+    """
+    Return what float32 values `[groups, 128]` of a row are divided by a scale, within what the codes reach, and scales
+    `[groups]`: each group's own, or the row's. NaN stays NaN.
+    """
+    largest = tl.max(tl.abs(values), 1)
+    if not GROUPED:
+        largest = tl.zeros_like(largest) + tl.max(largest, 0)
+    scales = tl.maximum(largest * (1.0 / TOP), LEAST)
+    quotients = values * tl.div_rn(tl.zeros_like(scales) + 1.0, scales)[:, None]
+    quotients = tl.maximum(quotients, -TOP, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(quotients, TOP, propagate_nan=tl.PropagateNan.ALL), scales
+
+
+@triton.jit
+def _put(codes_ptr, scales_ptr, row, values, groups, columns, width, here,
+         TOP: tl.constexpr, LEAST: tl.constexpr, GROUPED: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
+    """Write codes and scales of a row, if `here` `[1]`; `SPREAD` writes a scale for each group, whosever it is."""
+    codes, scales = _encoded(values, TOP, LEAST, GROUPED)
+    codes_row = codes_ptr + row * width + columns
+    tl.store(codes_row, codes.to(codes_ptr.dtype.element_ty), mask=here[:, None] & (columns < width))
+    if SPREAD:
+        count = width // 128
+        tl.store(scales_ptr + row * count + groups, scales, mask=here & (groups < count))
+    else:
+        tl.store(scales_ptr + row + groups, scales, mask=here & (groups == 0))
+
+
+@triton.jit
+def quantize(
+    x_ptr, codes_ptr, scales_ptr, K, width, stride_xm, stride_xk,
+    TOP: tl.constexpr, LEAST: tl.constexpr, GROUPED: tl.constexpr, SPREAD: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Quantize a row of x `[M, K]`: codes `[M, width]`, 0 behind K, and scales `[M, 1 or width / 128]`."""
+    row, groups = tl.program_id(0).to(tl.int64), tl.arange(0, GROUPS)
+    columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
+    places = x_ptr + row * stride_xm + columns.to(tl.int64) * stride_xk
+    x = tl.load(places, mask=columns < K, other=0.0).to(tl.float32)
+    everybody = tl.arange(0, 1) == 0
+    _put(codes_ptr, scales_ptr, row, x, groups, columns, width, everybody, TOP, LEAST, GROUPED, SPREAD)
+
+
+@triton.jit
+def between_float8(
+    product_ptr, ids_ptr, map_ptr, codes_ptr, scales_ptr, count, experts, mapped, size, width, limit, alpha, up_offset,
+    MAP: tl.constexpr, GATED: tl.constexpr, LIMITED: tl.constexpr, NAME: tl.constexpr,
+    TOP: tl.constexpr, LEAST: tl.constexpr, GROUPED: tl.constexpr, SPREAD: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """
+    Quantize f of the first product `[M * T, size or 2 size]`, for choices that are anybody's: codes `[M * T, width]`,
+    0 behind `size`, and scales `[M * T, 1 or width / 128]`.
+    """
+    choice, groups = tl.program_id(0).to(tl.int64), tl.arange(0, GROUPS)
+    columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
+    # One choice as a vector: the interpreter knows no mask of a single number.
+    here = local_of(ids_ptr, map_ptr, choice + tl.arange(0, 1), count, experts, mapped, MAP) < experts
+    inside = here[:, None] & (columns < size)
+    gate_ptrs = product_ptr + choice * size * (2 if GATED else 1) + columns
+    h = _activated(gate_ptrs, inside, size, limit, alpha, up_offset, GATED, LIMITED, NAME)
+    h = tl.where(inside, h, 0.0)
+    _put(codes_ptr, scales_ptr, choice, h, groups, columns, width, here, TOP, LEAST, GROUPED, SPREAD)
 
 
 @triton.jit
@@ -132,7 +147,7 @@ def combine(
     for turn in tl.static_range(TOP_K):
         # One choice as a vector: the interpreter knows no mask of a single number.
         choice = row * TOP_K + turn + tl.arange(0, 1)
-        here = _local(ids_ptr, map_ptr, choice, count, experts, mapped, MAP) < experts
+        here = local_of(ids_ptr, map_ptr, choice, count, experts, mapped, MAP) < experts
         given = product_ptr + choice.to(tl.int64) * width + columns
         value = tl.load(given, mask=inside & here, other=0.0).to(tl.float32)
         if not ON_INPUT:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
 from quantplug.spec import LinearProblem, SegmentSpec
 from quantplug_humming.fit import DTYPE, bytes_held, casts, notes, reading_us, refuse, row_us
-from quantplug_humming.form import ALIGNED, form_of
+from quantplug_humming.form import ALIGNED, Form, form_of
 
 if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
@@ -41,35 +41,62 @@ def products(problem: MoEProblem) -> tuple[LinearProblem, LinearProblem]:
 
 def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a mixture of experts on a platform, and at what cost."""
-    refusal = _refuse_sizes(problem) or _refuse_function(problem)
+    refusal = refuse_mixture(problem)
     if refusal is not None:
         return refusal
-    both = products(problem)
-    for product in both:
+    for product in products(problem):
         refusal = refuse(product, platform)
         if refusal is not None:
             return refusal
-    what = dict.fromkeys(cast.what for product in both for cast in casts(product))
-    one = sum(reading_us(product) for product in both)
-    row = _SLOWER * problem.top_k * sum(row_us(product) for product in both)
-    # Few rows take an expert each; of many, every expert has its share, and its weights are read once.
-    few = Cost(_CALL_US, problem.top_k * one + row, Cost(_CALL_US + problem.experts * one, row))
+    forms = forms_of(problem)
+    row = _SLOWER * problem.top_k * sum(row_us(form) for form in forms)
     return Accepted(
-        few,
-        casts=tuple(Cast(name, DTYPE) for name in (*what, "gate_up", "expert")),
-        extra_bytes=_extra_bytes(problem),
-        notes=tuple(dict.fromkeys(note for product in both for note in notes(product))),
+        cost(problem, _CALL_US, sum(reading_us(form) for form in forms), row),
+        casts=mixture_casts(problem, forms),
+        extra_bytes=extra_bytes(problem, forms),
+        notes=mixture_notes(forms),
     )
 
 
-def _extra_bytes(problem: MoEProblem) -> int:
+def forms_of(problem: MoEProblem, *, float8: bool = False) -> tuple[Form, Form]:
+    """Return the forms of both products, for x in bfloat16 or in float8_e4m3fn."""
+    first, second = products(problem)
+    return form_of(first, float8=float8), form_of(second, float8=float8)
+
+
+def cost(problem: MoEProblem, call_us: float, one_us: float, row_us: float) -> Cost:
+    """
+    Return what a call takes, given what reading one expert takes, and a row.
+
+    Few rows take an expert each; of many, every expert has its share, and its weights are read once.
+    """
+    return Cost(call_us, problem.top_k * one_us + row_us, Cost(call_us + problem.experts * one_us, row_us))
+
+
+def mixture_casts(problem: MoEProblem, forms: tuple[Form, Form]) -> tuple[Cast, ...]:
+    """Return the roundings of both products, and of what they give."""
+    both = zip(products(problem), forms, strict=True)
+    what = dict.fromkeys(cast.what for product, form in both for cast in casts(product, form))
+    return tuple(Cast(name, DTYPE) for name in (*what, "gate_up", "expert"))
+
+
+def mixture_notes(forms: tuple[Form, Form]) -> tuple[str, ...]:
+    """Return what a plan should show."""
+    return tuple(dict.fromkeys(note for form in forms for note in notes(form)))
+
+
+def extra_bytes(problem: MoEProblem, forms: tuple[Form, Form]) -> int:
     """Return what is held beyond the stored form: rows and inputs that fill up, those of biases, too."""
-    held = sum(bytes_held(product) for product in products(problem))
-    extra = held - problem.stored_bytes // problem.experts
+    extra = sum(bytes_held(form) for form in forms) - problem.stored_bytes // problem.experts
     if problem.bias:
-        rows = sum(form_of(product).filled[0] for product in products(problem))
+        rows = sum(form.filled[0] for form in forms)
         extra += 2 * (rows - len(problem.w13) * problem.intermediate - problem.hidden)
     return max(0, problem.experts * extra)
+
+
+def refuse_mixture(problem: MoEProblem) -> Rejected | None:
+    """Return why no mixture of such sizes, or with such a function, is run, or None."""
+    return _refuse_sizes(problem) or _refuse_function(problem)
 
 
 def _refuse_sizes(problem: MoEProblem) -> Rejected | None:

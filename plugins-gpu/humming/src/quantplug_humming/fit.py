@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
 from quantplug.spec import ElementType, PerBlock, PerChannel, PerGroup, PerTensor
-from quantplug_humming.form import POWERS, form_of
+from quantplug_humming.form import POWERS, Form, form_of
 
 if TYPE_CHECKING:
     from quantplug.platform import Platform
@@ -39,57 +39,62 @@ def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     refusal = refuse(problem, platform)
     if refusal is not None:
         return refusal
-    held = bytes_held(problem) + (_ORDER_BYTES * form_of(problem).filled[0] if problem.bias else 0)
+    form = form_of(problem)
+    held = bytes_held(form) + (_ORDER_BYTES * form.filled[0] if problem.bias else 0)
     return Accepted(
-        Cost(_LAUNCH_US + reading_us(problem), row_us(problem)),
-        casts=casts(problem),
+        Cost(_LAUNCH_US + reading_us(form), row_us(form)),
+        casts=casts(problem, form),
         extra_bytes=max(0, held - problem.stored_bytes),
-        notes=notes(problem),
+        notes=notes(form),
     )
 
 
-def casts(problem: LinearProblem) -> tuple[Cast, ...]:
+def casts(problem: LinearProblem, form: Form) -> tuple[Cast, ...]:
     """
     Return the roundings: where a row has several scales, weights are multiplied out in bfloat16, with scales in it; one
     scale per row multiplies sums in bfloat16, to which they were rounded, and so is a bias added. Any sum may be cut
     into parts that are added up in bfloat16.
+
+    With x in float8_e4m3fn, scales of blocks multiply sums in float32, and no weight is multiplied out.
     """
-    weight, form = problem.segments[0].weight, form_of(problem)
     found: list[str] = []
-    if not (form.single or form.powers or weight.scale_dtype == DTYPE):
+    if not (form.single or form.powers or form.block or problem.segments[0].weight.scale_dtype == DTYPE):
         found.append("scales")
-    if form.group and not form.powers:
+    if form.group and not form.powers and not form.float8:
         found.append("weights")
     if problem.bias or not (form.group or form.single):
         found.append("partials")
     return tuple(Cast(what, DTYPE) for what in (*found, "splits"))
 
 
-def notes(problem: LinearProblem) -> tuple[str, ...]:
+def notes(form: Form) -> tuple[str, ...]:
     """Return what a plan should show."""
-    rows, inputs = form_of(problem).filled
-    same = (rows, inputs) == (problem.out_features, problem.in_features)
-    return () if same else (f"filled up to [{rows}, {inputs}]",)
+    rows, inputs = form.filled
+    return () if (rows, inputs) == (form.outputs, form.inputs) else (f"filled up to [{rows}, {inputs}]",)
 
 
-def bytes_held(problem: LinearProblem) -> int:
+def bytes_held(form: Form) -> int:
     """Return the bytes of codes, scales and zero points as they are held."""
-    form = form_of(problem)
     rows, inputs = form.filled
     groups = inputs // (form.group or inputs)
     zeros = rows * groups // 2 if form.zeros else 0
-    scales = 4 if form.single else rows * groups * (1 if form.powers else 2)
+    if form.single:
+        scales = 4
+    elif form.block:
+        scales = 4 * rows // form.block * groups
+    else:
+        scales = rows * groups * (1 if form.powers else 2)
     return rows * inputs * form.bits // 8 + scales + zeros
 
 
-def reading_us(problem: LinearProblem) -> float:
+def reading_us(form: Form) -> float:
     """Return the microseconds that reading a weight takes."""
-    return bytes_held(problem) / _BYTES_PER_US
+    return bytes_held(form) / _BYTES_PER_US
 
 
-def row_us(problem: LinearProblem) -> float:
-    """Return the microseconds that each row of x takes."""
-    rows, inputs = form_of(problem).filled
+def row_us(form: Form) -> float:
+    """Return the microseconds that each row of x takes, in bfloat16."""
+    rows, inputs = form.filled
     return rows * inputs / _PRODUCTS_PER_US
 
 

@@ -23,6 +23,12 @@ _ROWS = 128
 _INPUTS = 128
 """K is filled up to a multiple of this and of a group."""
 
+PROMOTED = 128
+"""
+Inputs that share a scale of x, as far as humming is told: where a scale ends, it moves sums to float32. One scale per
+token is said for each of these again.
+"""
+
 
 class Form(NamedTuple):
     """
@@ -37,6 +43,10 @@ class Form(NamedTuple):
         powers: whether scales are float8_e8m0fnu.
         single: whether one float32 scale multiplies the sums.
         zeros: whether there are zero points.
+        float8: whether x is multiplied in float8_e4m3fn, by scales in float32, rather than in bfloat16.
+        block: rows that share a scale with the inputs of their group, with x in float8_e4m3fn only; else 0.
+        promoted: whether sums of products in float8_e4m3fn move to float32 every `PROMOTED` inputs, which is for a call
+            to say; where scales are those of blocks, they do.
     """
 
     outputs: int
@@ -47,6 +57,9 @@ class Form(NamedTuple):
     powers: int
     single: int
     zeros: int
+    float8: int = 0
+    block: int = 0
+    promoted: int = 0
 
     @property
     def filled(self) -> tuple[int, int]:
@@ -55,8 +68,8 @@ class Form(NamedTuple):
         return -(-self.outputs // _ROWS) * _ROWS, -(-self.inputs // inputs) * inputs
 
 
-def form_of(problem: LinearProblem) -> Form:
-    """Return the form of a layer whose segments share one contract."""
+def form_of(problem: LinearProblem, *, float8: bool = False) -> Form:
+    """Return the form of a layer whose segments share one contract, for x in bfloat16 or in float8_e4m3fn."""
     weight = problem.segments[0].weight
     match weight.granularity:
         case PerGroup(size=group) | PerBlock(k=group):
@@ -72,4 +85,6 @@ def form_of(problem: LinearProblem) -> Form:
         int(weight.scale_dtype == POWERS),
         int(isinstance(weight.granularity, PerTensor) and len(problem.segments) == 1),
         int(weight.zero_points),
+        int(float8),
+        weight.granularity.n if float8 and isinstance(weight.granularity, PerBlock) else 0,
     )

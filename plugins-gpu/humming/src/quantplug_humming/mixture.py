@@ -14,24 +14,19 @@ import torch
 import triton
 
 from quantplug_humming.choice import Choice, choose
-from quantplug_humming.expertdevice import between, combine, route, tally
+from quantplug_humming.entering import Activation, Entering, activated, quantized
+from quantplug_humming.expertdevice import combine
 from quantplug_humming.form import Form
 from quantplug_humming.prepare import NAMES, layer_config
 from quantplug_humming.product import widened
+from quantplug_humming.routing import Blocks, Choices, to_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from quantplug.expertweights import PreparedExperts
 
-_LOCKS = 2048
-"""Counters by which humming's parts of a sum wait for each other: as many as its own layers have."""
-
 _INDEXED = json.dumps({"gemm_type": "indexed"})
-_CHOICES = 1024
-"""Choices that routing looks at in one go, where they are few."""
-
-_MANY_CHOICES = 4096
 _COLUMNS = 512
 
 
@@ -41,87 +36,18 @@ def apply(
     topk_ids: torch.Tensor,
     prepared: PreparedExperts,
     expert_map: torch.Tensor | None,
+    *,
+    promoted: bool = False,
 ) -> torch.Tensor:
-    """Return y `[M, H]`."""
+    """Return y `[M, H]`; `promoted` sums of products in float8_e4m3fn move to float32 every 128 inputs."""
     problem, tensors, meta, f = prepared.problem, prepared.tensors, prepared.meta, prepared.problem.function
     given = [tensors.get(f"{product}.{name}") for product in ("w13", "w2") for name in (*NAMES, "bias")]
-    facts = [[meta[f"{product}.{name}"] for name in Form._fields] for product in ("w13", "w2")]
+    forms = [Form(*(meta[f"{product}.{name}"] for name in Form._fields)) for product in ("w13", "w2")]
+    facts = [list(form._replace(promoted=int(promoted))) for form in forms]
     return experts(
         x, topk_weights, topk_ids, expert_map, *given, *facts, problem.experts, problem.router_weight_on_input,
         f.name, f.gated, f.limit, f.alpha, f.up_offset,
     )  # fmt: skip
-
-
-class Choices(NamedTuple):
-    """
-    What a router says: for T experts of each of M rows.
-
-    Attributes:
-        ids: contiguous `[M, T]`.
-        local: the numbers that a map gives, or None.
-        experts: E.
-    """
-
-    ids: torch.Tensor
-    local: torch.Tensor | None
-    experts: int
-
-    @property
-    def total(self) -> int:
-        """M * T."""
-        return self.ids.numel()
-
-    @property
-    def mapped(self) -> int:
-        """Numbers that the map has."""
-        return 0 if self.local is None else self.local.shape[0]
-
-
-class Blocks(NamedTuple):
-    """
-    Choices in blocks of rows of one expert each, see `expertdevice.route`.
-
-    Attributes:
-        rows: of a block.
-        order: the choices, int32.
-        owners: the expert of each block, int32.
-        total: places that are anybody's, one int32.
-        locks: humming's counters, 0.
-    """
-
-    rows: int
-    order: torch.Tensor
-    owners: torch.Tensor
-    total: torch.Tensor
-    locks: torch.Tensor
-
-
-def most_blocks(choices: int, experts: int, rows: int) -> int:
-    """Return how many blocks of so many rows choices can take at most, however they fall."""
-    return min(choices, choices // rows + min(experts, choices))
-
-
-def to_blocks(choices: Choices, rows: int) -> Blocks:
-    """Return choices in blocks of so many rows, by one launch, or two where choices are many."""
-    count = choices.total
-    blocks = most_blocks(count, choices.experts, rows)
-    # humming reads the order by 16 bytes and wants counters aligned to as many: what may have any length comes last.
-    sizes = [_LOCKS, blocks * rows, blocks, 1, choices.experts]
-    scratch = torch.empty(sum(sizes), dtype=torch.int32, device=choices.ids.device)
-    locks, order, owners, total, counts = scratch.split(sizes)
-    mapped, many = choices.local is not None, count > _CHOICES
-    block = max(64, triton.next_power_of_2(min(count, _MANY_CHOICES)))
-    if many:
-        tally[(choices.experts,)](
-            choices.ids, choices.local, counts, count, choices.experts, choices.mapped,
-            MAP=mapped, BLOCK=block, num_warps=8,
-        )  # fmt: skip
-    route[(choices.experts + 1,)](
-        choices.ids, choices.local, counts, order, owners, total, locks, count, choices.experts, choices.mapped, rows,
-        MAP=mapped, TALLIED=many, BINS=max(64, triton.next_power_of_2(choices.experts + 1)), BLOCK=block,
-        FILL=triton.next_power_of_2(rows), LOCKS=_LOCKS, num_warps=8 if many else 4,
-    )  # fmt: skip
-    return Blocks(rows, order, owners, total, locks)
 
 
 class _Product(NamedTuple):
@@ -137,7 +63,7 @@ class _Product(NamedTuple):
         """Return humming's choice of a kernel."""
         return choose(self.form, self.bias is not None, choices.experts, choices.total, device.index or 0)
 
-    def multiply(self, x: torch.Tensor, choice: Choice, experts: int, blocks: Blocks, top_k: int) -> torch.Tensor:
+    def multiply(self, x: Entering, choice: Choice, experts: int, blocks: Blocks, top_k: int) -> torch.Tensor:
         """Return the product of each choice, `[M * T, N filled up to 8]`; x has a row for so many choices."""
         from humming.ops import humming_gemm
 
@@ -146,7 +72,8 @@ class _Product(NamedTuple):
             layer_config=config.to_str(),
             compute_config=_INDEXED,
             tuning_config=choice.tuning,
-            inputs=widened(x, config.shape_k - config.pad_shape_k),
+            inputs=widened(x.values, config.shape_k - config.pad_shape_k),
+            input_scale=x.scales,
             weight=self.weight,
             weight_scale=self.scales,
             zero_point=self.zeros,
@@ -174,30 +101,24 @@ def _experts(
     with torch.cuda.device_of(x):
         ids, weights = topk_ids.contiguous(), topk_weights.to(torch.float32).contiguous()
         choices = Choices(ids, None if expert_map is None else expert_map.contiguous(), count)
-        named = (choices.total, choices.experts, choices.mapped)
-        mapped, top_k = choices.local is not None, topk_ids.shape[1]
+        top_k = topk_ids.shape[1]
         first = _Product(weight13, scales13, zeros13, bias13, Form(*facts13))
         second = _Product(weight2, scales2, zeros2, bias2, Form(*facts2))
 
         given = (x.to(torch.float32) * weights).to(x.dtype) if on_input else x
+        entering = quantized(given, first.form) if first.form.float8 else Entering(given, None)
         choice = first.choose(choices, x.device)
         blocks = to_blocks(choices, choice.rows)
-        product = first.multiply(given, choice, count, blocks, top_k)
-        width = second.form.inputs
-        h = x.new_empty(choices.total, width)
-        block = min(_COLUMNS, triton.next_power_of_2(width))
-        between[(choices.total, triton.cdiv(width, block))](
-            product, ids, choices.local, h, *named, width, 0.0 if limit is None else limit, alpha, up_offset,
-            MAP=mapped, GATED=gated, LIMITED=limit is not None, NAME=function, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        product = first.multiply(entering, choice, count, blocks, top_k)
+        entering = activated(product, choices, second.form, Activation(function, gated, limit, alpha, up_offset))
         choice = second.choose(choices, x.device)
         if choice.rows != blocks.rows:
             blocks = to_blocks(choices, choice.rows)
-        product = second.multiply(h, choice, count, blocks, 1)
+        product = second.multiply(entering, choice, count, blocks, 1)
         block = min(_COLUMNS, triton.next_power_of_2(hidden))
         combine[(rows, triton.cdiv(hidden, block))](
-            product, ids, choices.local, weights, y, *named, product.shape[1], hidden,
-            MAP=mapped, TOP_K=top_k, ON_INPUT=on_input, BLOCK=block, num_warps=4,
+            product, ids, choices.local, weights, y, choices.total, count, choices.mapped, product.shape[1], hidden,
+            MAP=choices.local is not None, TOP_K=top_k, ON_INPUT=on_input, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return y
 

@@ -14,8 +14,12 @@ quantplug_api = ">=1,<2"
 
 @hookimpl
 def quantplug_kernels() -> list[Kernel]:
-    """Return humming's kernels for weights of 4 and 8 bits and x in 16: of linear layers, and of experts."""
+    """
+    Return humming's kernels for weights of 4 and 8 bits and x in 16, of linear layers and of experts, and those for
+    experts whose file permits to quantize x to FP8: one that adds up precisely, and by request one that does not.
+    """
     from quantplug_humming.experts import HummingExperts
+    from quantplug_humming.float8experts import FastFloat8HummingExperts, Float8HummingExperts
     from quantplug_humming.kernel import HummingKernel
 
-    return [HummingKernel(), HummingExperts()]
+    return [HummingKernel(), HummingExperts(), Float8HummingExperts(), FastFloat8HummingExperts()]

@@ -17,7 +17,7 @@ import torch
 from quantplug.spec import PerBlock
 from quantplug.weight import Prepared
 from quantplug_humming.fit import DTYPE
-from quantplug_humming.form import ALIGNED, Form, form_of
+from quantplug_humming.form import ALIGNED, PROMOTED, Form, form_of
 from quantplug_humming.locks import counters
 from quantplug_humming.smallest import raise_smallest
 
@@ -31,19 +31,23 @@ if TYPE_CHECKING:
 NAMES = ("weight", "weight_scale", "zero_point")
 """What humming makes of a weight; the last for weights with zero points only."""
 
+FLOAT8 = "float8e4m3"
+"""float8_e4m3fn, as humming spells it."""
+
 
 def prepare(
     problem: LinearProblem, segments: Sequence[Weight], device: torch.device, layout_id: str, out: Prepared | None
 ) -> Prepared:
     """Return humming's tensors for a layer whose segments share one contract; `out` is overwritten in place."""
+    form = form_of(problem)
     with on(device):
         if device.type == "cuda":
             counters(torch.cuda.current_device())
-        tensors = transform(problem, segments, device)
+        tensors = transform(problem, form, segments, device)
         if problem.bias:
-            tensors["bias_order"] = bias_order(form_of(problem), device)
+            tensors["bias_order"] = bias_order(form, device)
     if out is None:
-        return Prepared(layout_id, problem, tensors, form_of(problem)._asdict())
+        return Prepared(layout_id, problem, tensors, form._asdict())
     for name, tensor in tensors.items():
         out.tensors[name].copy_(tensor)
     return out
@@ -54,12 +58,14 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def transform(problem: LinearProblem, segments: Sequence[Weight], device: torch.device) -> dict[str, torch.Tensor]:
+def transform(
+    problem: LinearProblem, form: Form, segments: Sequence[Weight], device: torch.device
+) -> dict[str, torch.Tensor]:
     """Return humming's tensors of one weight. A segment may have fewer rows and inputs than the problem says."""
     from humming.transform import transform_humming_tensors
 
-    given = _tensors(problem, segments, device)
-    made = transform_humming_tensors(layer_config(form_of(problem)), given, already_padded=True)
+    given = _tensors(problem, form, segments, device)
+    made = transform_humming_tensors(layer_config(form), given, already_padded=True)
     return {name: made[name] for name in NAMES if name in made}
 
 
@@ -78,38 +84,44 @@ def layer_config(form: Form, *, bias: bool = False, experts: int = 0) -> Any:
     from humming.config import LayerConfig
 
     rows, inputs = form.filled
-    codes = f"uint{form.bits}" if not form.floating else "float4e2m1" if form.bits == 4 else "float8e4m3"
-    x_dtype = dtypes.DataType.from_str(DTYPE)
-    scale = dtypes.float8e8m0 if form.powers else x_dtype
+    codes = f"uint{form.bits}" if not form.floating else "float4e2m1" if form.bits == 4 else FLOAT8
+    dtype = dtypes.DataType.from_str(DTYPE)
+    scale = dtypes.float8e8m0 if form.powers else dtype
+    in_groups = form.float8 and (form.block or form.promoted)
     return LayerConfig(
         shape_n=rows,
         shape_k=inputs,
         pad_shape_n=(rows - form.outputs) // ALIGNED * ALIGNED,
-        pad_shape_k=(inputs - form.inputs) // ALIGNED * ALIGNED,
+        # Who quantizes x fills it up as well.
+        pad_shape_k=0 if form.float8 else (inputs - form.inputs) // ALIGNED * ALIGNED,
         num_experts=experts,
         b_dtype=dtypes.DataType.from_str(codes),
-        a_dtype=x_dtype,
-        c_dtype=x_dtype,
-        bs_dtype=dtypes.float32 if form.single else scale,
+        a_dtype=dtypes.DataType.from_str(FLOAT8) if form.float8 else dtype,
+        c_dtype=dtype,
+        bs_dtype=dtypes.float32 if form.single or form.block else scale,
+        input_scale_group_size=PROMOTED if in_groups else 0,
         weight_scale_group_size=form.group,
+        weight_scale_group_size_n=form.block,
         weight_scale_type="tensor" if form.single else None,
         has_zero_point=bool(form.zeros),
         has_bias=bias,
     )
 
 
-def _tensors(problem: LinearProblem, segments: Sequence[Weight], device: torch.device) -> dict[str, torch.Tensor]:
+def _tensors(
+    problem: LinearProblem, form: Form, segments: Sequence[Weight], device: torch.device
+) -> dict[str, torch.Tensor]:
     """Return what humming's own schema stores, filled up with zeros."""
     from humming import ops
 
-    spec, form = problem.segments[0].weight, form_of(problem)
+    spec = problem.segments[0].weight
     rows, inputs = form.filled
     groups = inputs // (form.group or inputs)
     sizes = [segment.out_features for segment in problem.segments]
     middle = 1 << (form.bits - 1) if spec.element.signed and not form.floating else 0
     # Adding in uint8 is modulo 256, which turns two's complement into the unsigned code.
     codes = [weight.codes.view(torch.uint8).to(device) + middle for weight in segments]
-    scales = [_for_rows(weight, weight.scales).to(device) for weight in segments]
+    scales = [(weight.scales if form.block else _for_rows(weight, weight.scales)).to(device) for weight in segments]
     if form.powers:
         made = [
             raise_smallest(each, scale.view(torch.uint8), form.group, spec.element)
@@ -121,12 +133,17 @@ def _tensors(problem: LinearProblem, segments: Sequence[Weight], device: torch.d
     if form.single:
         tensors["weight_scale"] = segments[0].scales.to(device, torch.float32).reshape(1)
         return tensors
-    if form.powers:
+    if form.block:
+        blocks = [size // form.block for size in sizes[:-1]]
+        blocks.append(rows // form.block - sum(blocks))
+        exact = [scale.to(torch.float32) for scale in scales]
+        tensors["weight_scale"] = _stack(exact, blocks, rows // form.block, groups, 0)
+    elif form.powers:
         # Humming itself fills up with 2^-126.
         tensors["weight_scale"] = _stack(scales, sizes, rows, groups, 1).view(torch.float8_e8m0fnu)
     else:
-        exact: torch.dtype = getattr(torch, DTYPE)
-        tensors["weight_scale"] = _stack([scale.to(exact) for scale in scales], sizes, rows, groups, 0)
+        dtype: torch.dtype = getattr(torch, DTYPE)
+        tensors["weight_scale"] = _stack([scale.to(dtype) for scale in scales], sizes, rows, groups, 0)
     if form.zeros:
         zeros = [_for_rows(weight, weight.zeros).to(device) for weight in segments if weight.zeros is not None]
         columns = _stack(zeros, sizes, rows, groups, 0).to(torch.int32).t().contiguous()
