@@ -11,6 +11,7 @@ from toy_checkpoints import toy_checkpoint
 
 from quantplug import dispatch
 from quantplug.hooks import hookimpl
+from quantplug.kernel import Traits
 from quantplug.load import load_layers
 from quantplug.planner import plan
 from quantplug.plugins import build_registry
@@ -129,6 +130,25 @@ def test_gradients_pass_through_the_operator(layer, rows):
     assert eager.grad is not None
     # One rounds the gradient of x once from float32, the other multiplies in bfloat16: 32 products of 8 bits each.
     assert torch.allclose(traced.grad, eager.grad, rtol=0, atol=float(eager.grad.abs().max()) * 2**-5)
+
+
+def test_what_passes_no_gradients_on_is_not_asked_for_them(layer, monkeypatch):
+    """Autograd looks into neither kernel; x is given the gradient times W all the same, and only where it asks."""
+    for kernel in (Few, Many):
+        monkeypatch.setattr(kernel, "traits", Traits(uniform_segments=True))
+        apply = kernel.apply
+        monkeypatch.setattr(kernel, "apply", lambda self, x, *rest, apply=apply: apply(self, x.detach(), *rest))
+    module = layer()
+    values = module.dequantize(torch.bfloat16)
+    for rows in (3, 40):
+        x = inputs(rows).requires_grad_()
+        y = module(x)
+        assert torch.equal(y, module(inputs(rows)))
+        wanted = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+        y.backward(wanted)
+        assert torch.equal(x.grad, wanted @ values)
+        with torch.no_grad():
+            assert not module(x).requires_grad
 
 
 def test_a_deep_copy_runs_compiled_on_its_own_memory(layer):

@@ -20,13 +20,16 @@ from quantplug.entries import path_entries
 from quantplug.errors import CheckpointError, ConfigError, LoadError, QuantplugError, RunError
 from quantplug.hooks import hookimpl
 from quantplug.host import Host
+from quantplug.kernel import Traits
 from quantplug.ledger import Ledger
 from quantplug.load import load_layers
 from quantplug.moemodules import QuantizedExperts
 from quantplug.plan import Plan
 from quantplug.planner import plan
+from quantplug.policy import Policy
 from quantplug.schemes import SchemeCache
 from quantplug.writeback import stored_tensors
+from quantplug_testkit.plain_experts import PlainExperts
 
 REGISTRY = toy_registry()
 
@@ -274,6 +277,29 @@ def test_what_does_not_fit_is_refused_before_it_runs(tmp_path: Path) -> None:
         experts.half()
     assert experts.parameter_count == 4 * 3 * 16 * HIDDEN
     assert "4 experts [16, 32] top 2" in repr(experts)
+
+
+class Opaque(PlainExperts):
+    """Computes where autograd does not look."""
+
+    name = layout_id = "opaque"
+    traits = Traits()
+
+
+def test_a_gradient_that_the_kernel_does_not_give_is_refused(tmp_path: Path) -> None:
+    registry = toy_registry(opaque=SimpleNamespace(quantplug_kernels=hookimpl(lambda: [Opaque()])))
+    policy = Policy.parse({"rule": [{"pin": "opaque"}]}, "test")
+    directory = write_moe(tmp_path, toy_moe())
+    planned = plan(directory, platform="cpu", registry=registry, policy=policy)
+    experts = load_layers(planned, directory, registry=registry).experts[container(0)]
+    x, weights, ids = routed()
+    y = experts(x, weights, ids)
+    for wanting in ((x.clone().requires_grad_(), weights, ids), (x, weights.clone().requires_grad_(), ids)):
+        with pytest.raises(RunError, match="opaque gives none") as raised:
+            experts(*wanting)
+        assert raised.value.code == "QP-RUN-GRAD"
+        with torch.no_grad():
+            assert torch.equal(experts(*wanting), y)
 
 
 _MEASURED = """

@@ -62,6 +62,7 @@ class DenseProduct(LinearKernel):
             uniform_segments=kernel.traits.uniform_segments,
             graph_safe=kernel.traits.dequantize_graph_safe,
             deterministic=kernel.traits.deterministic,
+            differentiable=True,
         )
 
     def __eq__(self, other: object) -> bool:

@@ -76,6 +76,7 @@ _CODES: dict[str, str] = {
     "QP-RUN-SHAPE": "an input has the wrong number of features",
     "QP-RUN-DTYPE": "an input has a dtype the prepared layer does not take",
     "QP-RUN-DEVICE": "an input lies on another device than the layer",
+    "QP-RUN-GRAD": "an input wants a gradient that the kernel does not give",
     "QP-RUN-MOVE": "a prepared layer cannot be moved or cast; load it again instead",
     "QP-RUN-STATE": "a layer is used before its weights are prepared",
     # converting and writing

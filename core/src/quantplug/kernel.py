@@ -122,6 +122,8 @@ class Traits:
         graph_safe: may be captured in a device graph.
         dequantize_graph_safe: `dequantize` may be captured, too: it waits for nothing and copies nothing from the host.
         deterministic: the same inputs give the same bits.
+        differentiable: `apply` passes gradients on to x, as torch's own operators do. Where it does not, a linear layer
+            multiplies them by what `dequantize` gives, and experts refuse an x that wants one.
         fallback: last resort; chosen only when nothing else fits, and then with a warning.
         by_request: chosen only where a policy allows it, or prefers or pins it by its name: it gives up what a caller
             has to agree to, such as the precision of long sums.
@@ -131,6 +133,7 @@ class Traits:
     graph_safe: bool = True
     dequantize_graph_safe: bool = False
     deterministic: bool = True
+    differentiable: bool = False
     fallback: bool = False
     by_request: bool = False
 

@@ -58,6 +58,7 @@ class QuantizedLinear(PreparedModule):
         """The kernel that brings weights into each layout, that of a single row first."""
         for _, kernel in self._choices:
             self._kernels.setdefault(kernel.layout_id, kernel)
+        self._differentiable = all(kernel.traits.differentiable for _, kernel in self._choices)
         self._held: dict[str, tuple[Prepared, ...]] = {}
         """The weights in each layout, part by part."""
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
@@ -202,6 +203,8 @@ class QuantizedLinear(PreparedModule):
         # A decoding step calls this hundreds of times; every attribute looked up here shows in tokens per second.
         if x.shape[-1] != self._inputs_of(x.dtype, x.device):
             self._refuse(x)
+        if x.requires_grad and not self._differentiable and torch.is_grad_enabled():
+            return self._join([dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls])
         if self._only is not None:
             kernel, part, bias = self._only
             return kernel.apply(x, part, bias)
@@ -213,6 +216,10 @@ class QuantizedLinear(PreparedModule):
         else:
             parts = self._held[chosen.layout_id]
             results = [chosen.apply(x, part, bias) for part, bias in zip(parts, self._part_biases, strict=True)]
+        return self._join(results)
+
+    @staticmethod
+    def _join(results: list[torch.Tensor]) -> torch.Tensor:
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
     # torch gives the decorator no type.

@@ -48,6 +48,7 @@ class LoopKernel(MoEKernel):
         self.traits = Traits(  # type: ignore[misc]
             graph_safe=False,
             deterministic=linear.traits.deterministic,
+            differentiable=linear.traits.differentiable,
             fallback=linear.traits.fallback,
             by_request=linear.traits.by_request,
         )

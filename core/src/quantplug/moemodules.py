@@ -225,13 +225,15 @@ class QuantizedExperts(PreparedModule):
             expert_map: integer `[E_global]`, the local number of every expert or -1; ids are global then.
 
         Raises:
-            RunError: `QP-RUN-STATE`, `QP-RUN-SHAPE`, `QP-RUN-DTYPE`, `QP-RUN-DEVICE`.
+            RunError: `QP-RUN-STATE`, `QP-RUN-SHAPE`, `QP-RUN-DTYPE`, `QP-RUN-DEVICE`, `QP-RUN-GRAD`.
         """
         if not self._held:
             raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
         self._check(x, topk_weights, topk_ids)
         rows, chosen = x.reshape(-1, self.problem.hidden), topk_ids.reshape(-1, self.problem.top_k)
         kernel = kernel_for(self._choices, len(rows))
+        if not kernel.traits.differentiable and (x.requires_grad or topk_weights.requires_grad):
+            self._refuse_gradient(kernel)
         prepared = self._held[kernel.layout_id]
         weights = topk_weights.reshape(-1, self.problem.top_k).to(torch.float32)
         if not kernel.traits.graph_safe and torch.compiler.is_compiling():
@@ -239,6 +241,13 @@ class QuantizedExperts(PreparedModule):
         else:
             y = kernel.apply(rows, weights, chosen, prepared, expert_map)
         return y.view(x.shape)
+
+    def _refuse_gradient(self, kernel: MoEKernel) -> None:
+        if torch.is_grad_enabled():
+            raise RunError(
+                "QP-RUN-GRAD", self.path, f"x or the router's weights want a gradient, and {kernel.name} gives none",
+                fix="Run under torch.no_grad(), or pin loop.reference.",
+            )  # fmt: skip
 
     def _check(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
         if x.shape[-1] != self.problem.hidden:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from quantplug.kernel import Accepted, Cast, Cost, LinearKernel, Rejected, Verdict
+from quantplug.kernel import Accepted, Cast, Cost, LinearKernel, Rejected, Traits, Verdict
 from quantplug.moekernel import MoEKernel
 from quantplug_cpu.dense import DenseKernel
 from quantplug_cpu.float4 import Float4Kernel
@@ -40,6 +40,7 @@ class StackedKernel(MoEKernel):
 
     __slots__ = ()
 
+    traits = Traits(differentiable=True)
     linear: ClassVar[LinearKernel]
     """Packs and multiplies one expert's weights."""
 

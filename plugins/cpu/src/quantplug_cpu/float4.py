@@ -35,7 +35,7 @@ class Float4Kernel(LinearKernel):
 
     name = "cpu.float4"
     layout_id = "cpu.float4"
-    traits = Traits(uniform_segments=True)
+    traits = Traits(uniform_segments=True, differentiable=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept float4_e2m1fn with scales of any dtype, in groups of about 32 inputs and more, of any shape."""

@@ -35,7 +35,7 @@ class Int4Kernel(LinearKernel):
 
     name = "cpu.int4"
     layout_id = "cpu.int4"
-    traits = Traits(uniform_segments=True)
+    traits = Traits(uniform_segments=True, differentiable=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept codes of up to 4 bits in groups of 16 inputs and more, of any shape and order."""

@@ -44,7 +44,7 @@ class Int8Kernel(LinearKernel):
 
     name = "cpu.int8"
     layout_id = "cpu.int8"
-    traits = Traits(uniform_segments=True)
+    traits = Traits(uniform_segments=True, differentiable=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept 8-bit codes, of any shape and order, in groups of 16 inputs and more."""

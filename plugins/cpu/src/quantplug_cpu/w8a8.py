@@ -41,7 +41,7 @@ class W8A8Kernel(LinearKernel):
 
     name = "cpu.w8a8"
     layout_id = Int8Kernel.layout_id
-    traits = Traits(uniform_segments=True)
+    traits = Traits(uniform_segments=True, differentiable=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept signed 8-bit codes with one scale per row, and x as int8, or as uint8 with a stored zero point."""

@@ -34,6 +34,26 @@ class Nameless(Broken):
 Nameless.name = "My Kernel (fast!)"
 
 
+class KeepsGradients(Broken):
+    """Says that it passes gradients on, and computes where autograd does not look."""
+
+    caught_by = ("test_gradients_reach_x",)
+
+    def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+        """Cut x off."""
+        return super().apply(x.detach(), prepared, bias)
+
+
+class ScalesGradients(Broken):
+    """Passes twice the gradient on."""
+
+    caught_by = ("test_gradients_reach_x",)
+
+    def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+        """Let autograd see 2 x - x with the second x cut off."""
+        return super().apply(2 * x - x.detach(), prepared, bias)
+
+
 class RaisesWhenAsked(Broken):
     """Answers a question that it did not expect with an exception."""
 
