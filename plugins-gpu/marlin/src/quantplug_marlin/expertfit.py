@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
 from quantplug.spec import LinearProblem, SegmentSpec
-from quantplug_marlin.fit import CALL_US, verdict
+from quantplug_marlin.fit import BYTES_PER_US, CALL_US, verdict
 from quantplug_marlin.slots import STEP, arrange_in_order, group_size
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ MOST_EXPERTS = 2048
 """What `cuda/route.cu` has memory for."""
 
 _CALL_US = 15.0
-_SLOWER = 1.5
-"""How much longer a row takes than in a linear layer: blocks of rows of one expert are filled up."""
+_SLOWER = 1.25
+"""How much longer a row's products take than in a linear layer: blocks of rows of one expert are filled up."""
 
 
 def projections(problem: MoEProblem) -> Iterator[LinearProblem]:
@@ -56,7 +56,7 @@ def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
         kinds = " and ".join(spec.describe() for spec in problem.w13)
         return Rejected("segments", f"gate and up differ: {kinds}", "one contract for both")
     one = sum(answer.cost.fixed_us - CALL_US for answer in answers)
-    row = _SLOWER * problem.top_k * sum(answer.cost.row_us for answer in answers)
+    row = problem.top_k * (_SLOWER * sum(answer.cost.row_us for answer in answers) + _moved(problem) / BYTES_PER_US)
     return Accepted(
         # Few rows take an expert each; of many, every expert has its share, and its weights are read once.
         Cost(_CALL_US, problem.top_k * one + row, Cost(_CALL_US + problem.experts * one, row)),
@@ -64,6 +64,14 @@ def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
         extra_bytes=problem.experts * sum(answer.extra_bytes for answer in answers),
         notes=tuple(dict.fromkeys(note for answer in answers for note in answer.notes)),
     )
+
+
+def _moved(problem: MoEProblem) -> int:
+    """
+    Return the bytes that are read and written for each choice of a row beside weights, all in numbers of two bytes: x
+    put in order and read again, what lies between the products, and what an expert gives, which is added up.
+    """
+    return 10 * problem.hidden + 4 * problem.intermediate
 
 
 def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
