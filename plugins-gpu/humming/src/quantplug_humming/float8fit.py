@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantplug.kernel import Accepted, Cast, Rejected, Verdict
+from quantplug.rowlayout import shared_by
 from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor
 from quantplug_humming.expertfit import (
     cost,
@@ -22,7 +23,6 @@ from quantplug_humming.fit import bytes_held, refuse
 if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
     from quantplug.platform import Platform
-    from quantplug.spec import WeightSpec
 
 _ARCH = "9.0"
 _ELEMENT = ElementType.FLOAT8_E4M3FN
@@ -86,7 +86,7 @@ def _refuse_scales(problem: MoEProblem, *, fast: bool) -> Rejected | None:
     for weight in (*problem.w13, problem.w2):
         if not isinstance(weight.granularity, PerBlock if groups else PerTensor | PerChannel):
             wanted = f"blocks of {_BLOCK} x {_BLOCK}" if groups else "one scale, or one per row"
-            return Rejected("granularity", f"scales of {_shared_by(weight)} for x per {_x_shared(groups)}", wanted)
+            return Rejected("granularity", f"scales of {shared_by(weight)} for x per {_x_shared(groups)}", wanted)
     if groups and fast:
         return Rejected(
             "granularity", f"blocks of {_BLOCK} x {_BLOCK} are not added up fast", "one scale, or one per row"
@@ -103,11 +103,6 @@ def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
         if getattr(problem, name) > _LONGEST_ROW:
             return Rejected("shape", f"{name} is {getattr(problem, name)}", f"at most {_LONGEST_ROW}")
     return None
-
-
-def _shared_by(weight: WeightSpec) -> str:
-    shared = weight.granularity
-    return f"blocks of {shared.n} x {shared.k}" if isinstance(shared, PerBlock) else weight.describe()
 
 
 def _x_shared(groups: bool) -> str:
