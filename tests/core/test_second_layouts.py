@@ -160,6 +160,28 @@ def test_the_best_pair_need_not_have_the_best_alone(directory):
     assert layouts(planned(directory, 10**9, *kernels), DOWN) == ("a", "c")
 
 
+def test_two_layouts_that_lose_more_than_they_gain_are_not_offered():
+    """At 6 rows `a` gains, which no bucket shows; with `c` it would serve 100 rows, too, in four times the time."""
+
+    def kernel(letter, cost):
+        class Kernel(Few):
+            name, layout_id = f"{letter}.kernel", letter
+
+            def supports(self, problem, platform):
+                return Accepted(cost, dequantize_us=toys.SLOW_US)
+
+        return Kernel
+
+    registry = registry_of(
+        kernel("a", Cost(19.0, 5.5)), kernel("b", Cost(0.0, 10.0, Cost(54.0, 1.0))), kernel("c", Cost(1000.0, 0.01))
+    )
+    platform, rows = Platform.parse("cpu"), (6, 100)
+    problem = LinearProblem(64, (SegmentSpec(32, WeightSpec(ElementType.INT8, PerChannel(), "float32")),), "bfloat16")
+    decision = select(problem, ModuleInfo("layer", "linear"), platform, registry, Policy(rows=rows), {})
+    assert decision.layouts == ("b",)
+    assert second_layout(problem, decision, platform, registry, rows) is None
+
+
 def test_a_kernel_that_is_only_allowed_competes_like_any_other(directory):
     wished, plain = planned(directory, 10**9, rules=[{"allow": "*"}]), planned(directory, 10**9)
     assert [decision.choices for decision in wished.decisions] == [decision.choices for decision in plain.decisions]

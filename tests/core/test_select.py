@@ -93,6 +93,12 @@ def test_by_estimates_too_a_layout_of_far_more_bytes_is_not_chosen_for_its_time_
         assert select(problem(), MODULE, CPU, registry, Policy(), {}).kernel == chosen
 
 
+@pytest.mark.parametrize("cost", [Cost(0.0, 0.0), Cost(-1e9, 0.0)])
+def test_who_claims_to_take_no_time_is_first_and_breaks_nothing(cost: Cost) -> None:
+    registry = vendor_of(kernel_of("a.some", "a", Cost(5.0, 1.0)), kernel_of("b.none", "b", cost))
+    assert select(problem(), MODULE, CPU, registry, Policy(), {}).kernel == "b.none"
+
+
 def test_every_refusal_is_kept_with_its_reason() -> None:
     decision = select(problem(40), MODULE, CPU, toy_registry(), Policy(), {})
     assert decision.kernel == "reference"

@@ -28,6 +28,9 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _NOISE = 0.03
 """What medians of one kernel differ by from one run to the next; a gain below it is no reason for another kernel."""
 
+_LEAST_US = 1e-6
+"""What counts of a claim to take less, or no time at all: times are divided, and their logarithms taken."""
+
 
 def time_of(candidate: Candidate, rows: int, basis: Literal["estimated", "measured"]) -> float:
     """Return the microseconds of an accepted candidate for M = `rows`, as they were measured or are estimated."""
@@ -35,7 +38,7 @@ def time_of(candidate: Candidate, rows: int, basis: Literal["estimated", "measur
         return time_at(candidate.measured, rows)
     if not isinstance(candidate.verdict, Accepted):
         raise TypeError(f"{candidate.kernel} was refused and has no cost")
-    return candidate.verdict.cost.at(rows)
+    return max(_LEAST_US, candidate.verdict.cost.at(rows))
 
 
 def time_of_fastest(candidates: Iterable[Candidate], rows: int, basis: Literal["estimated", "measured"]) -> float:

@@ -91,11 +91,13 @@ def second_layout(
         gains = [time_of_fastest(alone, m, decision.basis) / time_of_fastest(both, m, decision.basis) for m in rows]
         chosen = choices(both, kernels, decision.basis)
         held = {c.layout_id: 0 for c in chosen}
-        if max(gains) < _WORTH or len(held) == 1:  # or what gains lies between the rows that were measured
+        gain = sum(map(log, gains)) / len(rows)
+        # A pair without the best layout may lose at some rows more than it gains at others; of one layout alone, what
+        # gains lies between the rows that were measured.
+        if max(gains) < _WORTH or gain <= 0 or len(held) == 1:
             continue
         for choice in chosen:
             held[choice.layout_id] = max(held[choice.layout_id], bytes_held(problem, asked[choice.kernel]))
-        gain = sum(map(log, gains)) / len(rows)
         found.append(SecondLayout(replace(decision, choices=chosen, extra_bytes=sum(held.values()) - one), gain))
     return max(found, key=lambda each: (each.gain, -each.decision.extra_bytes), default=None)
 
