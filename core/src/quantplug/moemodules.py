@@ -232,8 +232,12 @@ class QuantizedExperts(PreparedModule):
         self._check(x, topk_weights, topk_ids)
         rows, chosen = x.reshape(-1, self.problem.hidden), topk_ids.reshape(-1, self.problem.top_k)
         kernel = kernel_for(self._choices, len(rows))
-        if not kernel.traits.differentiable and (x.requires_grad or topk_weights.requires_grad):
-            self._refuse_gradient(kernel)
+        wanted = (x.requires_grad or topk_weights.requires_grad) and torch.is_grad_enabled()
+        if wanted and not kernel.traits.differentiable:
+            raise RunError(
+                "QP-RUN-GRAD", self.path, f"x or the router's weights want a gradient, and {kernel.name} gives none",
+                fix="Run under torch.no_grad(), or pin loop.reference.",
+            )  # fmt: skip
         prepared = self._held[kernel.layout_id]
         weights = topk_weights.reshape(-1, self.problem.top_k).to(torch.float32)
         if not kernel.traits.graph_safe and torch.compiler.is_compiling():
@@ -241,13 +245,6 @@ class QuantizedExperts(PreparedModule):
         else:
             y = kernel.apply(rows, weights, chosen, prepared, expert_map)
         return y.view(x.shape)
-
-    def _refuse_gradient(self, kernel: MoEKernel) -> None:
-        if torch.is_grad_enabled():
-            raise RunError(
-                "QP-RUN-GRAD", self.path, f"x or the router's weights want a gradient, and {kernel.name} gives none",
-                fix="Run under torch.no_grad(), or pin loop.reference.",
-            )  # fmt: skip
 
     def _check(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
         if x.shape[-1] != self.problem.hidden:

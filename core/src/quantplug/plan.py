@@ -75,7 +75,7 @@ class Decision:
         choices: by rising rows, without gaps.
         candidates: everyone who was asked, best first, with the answers.
         basis: "measured" when measured times decided, else "estimated".
-        extra_bytes: that each layer takes beyond one copy of its weights; 0 where all choices read one layout.
+        extra_bytes: that two layouts take in each layer beyond the best one alone; 0 where all choices read one layout.
     """
 
     choices: tuple[Choice, ...]

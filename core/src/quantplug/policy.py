@@ -30,6 +30,7 @@ _WISHES: tuple[Wish, ...] = ("pin", "prefer", "allow", "deny")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,6})?) ?(?P<unit>|[kKMGT]?B)", re.ASCII)
 _MOST_ROWS = 1 << 31
+"""More than a call has: what is larger is a slip of the pen."""
 _EXAMPLE = 'for example:  [[rule]]  match = "re:.*down_proj"  deny = ["cpu.*"]'
 
 

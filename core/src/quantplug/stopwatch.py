@@ -93,7 +93,7 @@ def in_turns(samplers: Sequence[Sampler], *, seconds: float, fewest: int = _FEWE
     Return the microseconds of each of several calls, sample by sample.
 
     A GPU at its power limit is as fast as what ran shortly before lets it be. So calls that are compared take turns, a
-    sample each, in an order that is another one in every round; and a first round, in which it settles, does not count.
+    sample each, in an order drawn anew for every round; and a first round, in which it settles, does not count.
 
     Args:
         samplers: of the calls, see `sampler`; all that they captured lies in memory at once.
