@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HOST_SHAPE = (4096, 4096)
 HOST_ROWS = (1, 16)
+"""The layer, N and K, and the numbers of rows of which the host's part is measured."""
 
 SERIES = 9
 """Of calls, the shortest of which counts: whatever else the host does only adds to it."""

@@ -57,6 +57,10 @@ def test_a_budget_is_bytes_or_a_text_as_people_write_it(said: object, count: int
 def test_the_numbers_of_rows_that_count_are_those_of_all_uses_unless_the_policy_names_some() -> None:
     assert Policy.parse({}, "policy").rows == Policy().rows == ROW_BUCKETS
     assert Policy.parse({"rows": [64, 1, 64]}, "policy").rows == (1, 64)
+    for rows in ((), (0,)):
+        with pytest.raises(PlanError, match="rows: is") as raised:
+            Policy(rows=rows)
+        assert raised.value.code == "QP-PLAN-POLICY"
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,15 @@ class Policy:
     layout_budget: int = 0
     rows: tuple[int, ...] = ROW_BUCKETS
 
+    def __post_init__(self) -> None:
+        """
+        Look at the numbers of rows.
+
+        Raises:
+            PlanError: `QP-PLAN-POLICY` where there are none, or one is no number of rows.
+        """
+        _check_rows(list(self.rows), "rows")
+
     def wish(self, module: ModuleInfo, kernel: str) -> PolicyRule | None:
         """Return the first rule that concerns the module and names the kernel."""
         for rule in self.rules:
@@ -155,10 +164,14 @@ def parse_bytes(value: object, origin: str) -> int:
 
 
 def _parse_rows(value: object, origin: str) -> tuple[int, ...]:
+    return tuple(sorted(set(_check_rows(value, origin))))
+
+
+def _check_rows(value: object, origin: str) -> list[int]:
     listed = value if isinstance(value, list) else []
     if not listed or any(not isinstance(m, int) or isinstance(m, bool) or not 0 < m <= _MOST_ROWS for m in listed):
         raise _malformed(origin, f"is {value!r}", f"a list of numbers from 1 to {_MOST_ROWS}, such as [1, 16, 2048]")
-    return tuple(sorted(set(listed)))
+    return listed
 
 
 def _parse_rule(item: object, origin: str) -> PolicyRule:

@@ -130,7 +130,7 @@ def _refuse_weight(problem: LinearProblem) -> Rejected | None:
 
 
 def refuse_codes(weight: WeightSpec, elements: Sequence[str]) -> Rejected | None:
-    """Return why torch's scaled products cannot take a weight's codes, of one of some types, and their scales."""
+    """Return why a weight's codes, of one of some types, and their scales are none of this layout."""
     if weight.element not in elements:
         return Rejected("element", f"codes are {weight.element}", " or ".join(elements))
     if weight.act_order:

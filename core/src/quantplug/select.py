@@ -49,7 +49,7 @@ def select(
     compared, by the mean time of their kernels over the policy's numbers of rows: who is fastest for one row may be the
     slowest for many. The candidates are ordered by (policy, mean time of the layout, own mean time, name), on an
     accelerator those that would keep a layer from being captured in a graph behind all others, and last resorts behind
-    these.
+    these. Who of a layout serves how many rows is decided at `ROW_BUCKETS`, whichever numbers count.
 
     Where some candidates were measured, the others stand behind them: a measured time is kept rather than given up for
     a claim. Those that hold far more bytes than another stand behind, too: time is not all.
