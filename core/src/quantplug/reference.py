@@ -68,11 +68,7 @@ class ReferenceKernel(LinearKernel):
                 tensor = getattr(weight, name)
                 if tensor is not None:
                     tensors[f"{name}.{number}"] = tensor.to(device)
-        if out is None:
-            return Prepared(self.layout_id, problem, tensors)
-        for name, tensor in tensors.items():
-            out.tensors[name].copy_(tensor)
-        return out
+        return Prepared(self.layout_id, problem, tensors).into(out)
 
     def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply in float32 and round once."""

@@ -11,7 +11,7 @@ import torch
 
 from quantplug.rowlayout import BLOCK, LAYOUT_ID, fill, mode_of, parts, width
 from quantplug.spec import PerTensor
-from quantplug.weight import Prepared, Weight
+from quantplug.weight import Prepared, Weight, stored_scales
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +33,7 @@ def prepare(
     Raises:
         ValueError: a stored scale of x is missing, or `out` has other parts.
     """
-    stored = _stored_scales(problem, activation)
+    stored = stored_scales(problem, activation)
     layout = parts(problem.segments, together=len(set(stored)) <= 1)
     tensors: dict[str, torch.Tensor] = {}
     meta = {"parts": len(layout), "rounded": int(any(w.scales.dtype == torch.float64 for w in segments))}
@@ -46,23 +46,7 @@ def prepare(
             tensors[f"x_scale.{number}"] = torch.tensor([stored[end - count]], dtype=torch.float32, device=device)
     if mode_of(problem) == "row":
         tensors["one"] = torch.ones(1, device=device)
-    if out is None:
-        return Prepared(LAYOUT_ID, problem, tensors, meta)
-    if out.tensors.keys() != tensors.keys():
-        raise ValueError(f"stored scales of x make {len(layout)} parts of the layer, not {out.meta['parts']} as before")
-    for name, tensor in tensors.items():
-        out.tensors[name].copy_(tensor)
-    return out
-
-
-def _stored_scales(problem: LinearProblem, activation: Sequence[ActivationParams | None]) -> list[float]:
-    """Return the stored scale of x for each segment, none where scales are computed from x."""
-    if problem.activation is None or problem.activation.dynamic:
-        return []
-    scales = [None if params is None or params.scale is None else float(params.scale) for params in activation]
-    if None in scales:
-        raise ValueError(f"a stored scale of x is missing: {scales}")
-    return [scale for scale in scales if scale is not None]
+    return Prepared(LAYOUT_ID, problem, tensors, meta).into(out)
 
 
 def _codes(part: Sequence[Weight], inputs: int, device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from quantplug.codes import code_values
 from quantplug.spec import LinearProblem, PerBlock, PerChannel, PerGroup, PerTensor, WeightSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,6 +113,21 @@ class ActivationParams:
     global_scale: torch.Tensor | None = None
 
 
+def stored_scales(problem: LinearProblem, activation: Sequence[ActivationParams | None]) -> list[float]:
+    """
+    Return the stored scale of x for each segment of a layer, none where scales are computed from x.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    if problem.activation is None or problem.activation.dynamic:
+        return []
+    scales = [None if params is None or params.scale is None else float(params.scale) for params in activation]
+    if None in scales:
+        raise ValueError(f"a stored scale of x is missing: {scales}")
+    return [scale for scale in scales if scale is not None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """
@@ -134,3 +149,19 @@ class Prepared:
     def nbytes(self) -> int:
         """Bytes the tensors occupy."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def into(self, out: Prepared | None) -> Prepared:
+        """
+        Return itself, or `out` once its memory holds these tensors: captured graphs read them there.
+
+        Raises:
+            ValueError: `out` has other tensors.
+        """
+        if out is None:
+            return self
+        if out.tensors.keys() != self.tensors.keys():
+            was, now = sorted(out.tensors), sorted(self.tensors)
+            raise ValueError(f"the layer has the tensors {', '.join(now)}, not {', '.join(was)} as before")
+        for name, tensor in self.tensors.items():
+            out.tensors[name].copy_(tensor)
+        return out

@@ -46,11 +46,7 @@ def prepare(
         tensors = transform(problem, form, segments, device)
         if problem.bias:
             tensors["bias_order"] = bias_order(form, device)
-    if out is None:
-        return Prepared(layout_id, problem, tensors, form._asdict())
-    for name, tensor in tensors.items():
-        out.tensors[name].copy_(tensor)
-    return out
+    return Prepared(layout_id, problem, tensors, form._asdict()).into(out)
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -66,13 +66,10 @@ def prepare(
             f"form.{number}": encode(_form(part, problem.dtype, order)),
         }
     meta["parts"] = len(parts)
-    if out is None:
-        return Prepared(layout_id, problem, tensors, meta)
-    for number in range(len(parts)):
-        keep_promise(out.meta[f"form.{number}"], meta[f"form.{number}"])
-    for name, tensor in tensors.items():
-        out.tensors[name].copy_(tensor)
-    return out
+    if out is not None:
+        for number in range(len(parts)):
+            keep_promise(out.meta[f"form.{number}"], meta[f"form.{number}"])
+    return Prepared(layout_id, problem, tensors, meta).into(out)
 
 
 def keep_promise(held: int, new: int) -> None:

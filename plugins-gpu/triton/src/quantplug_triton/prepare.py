@@ -72,11 +72,7 @@ def prepare(
             f"slots.{number}": order.slots.count,
             f"rows_per_scale.{number}": rows_per_scale(part, rows),
         }
-    if out is None:
-        return Prepared(layout_id, problem, tensors, meta)
-    for name, tensor in tensors.items():
-        out.tensors[name].copy_(tensor)
-    return out
+    return Prepared(layout_id, problem, tensors, meta).into(out)
 
 
 def _parts(problem: LinearProblem, segments: Sequence[Weight]) -> Iterator[list[Weight]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantplug.spec import ElementType
-from quantplug.weight import Prepared
+from quantplug.weight import Prepared, stored_scales
 from quantplug_triton.prepare import held_scales, is_rounded, middle_of, rows_per_scale, shared_scales
 from quantplug_triton.unpack import as_codes, canonical_parts
 from quantplug_triton.w8a8fit import chunks_of, held_bits, parts
@@ -50,7 +50,7 @@ def prepare_quantized(
     chunks = chunks_of(problem)
     if chunks is None:
         raise ValueError(f"no chunk of inputs lies within the groups of {problem}")
-    stored = _stored_scales(problem, activation)
+    stored = stored_scales(problem, activation)
     layout = parts(problem.segments, together=len(set(stored)) <= 1)
     tensors: dict[str, torch.Tensor] = {}
     meta = {
@@ -67,23 +67,7 @@ def prepare_quantized(
         if stored:
             tensors[f"x_scale.{number}"] = torch.tensor([stored[end - count]], dtype=torch.float32, device=device)
         meta |= {f"rows.{number}": rows, f"rows_per_scale.{number}": rows_per_scale(part, rows)}
-    if out is None:
-        return Prepared(layout_id, problem, tensors, meta)
-    if out.tensors.keys() != tensors.keys():
-        raise ValueError(f"stored scales of x make {len(layout)} parts of the layer, not {out.meta['parts']} as before")
-    for name, tensor in tensors.items():
-        out.tensors[name].copy_(tensor)
-    return out
-
-
-def _stored_scales(problem: LinearProblem, activation: Sequence[ActivationParams | None]) -> list[float]:
-    """Return the stored scale of x for each segment, none where scales are computed from x."""
-    if problem.activation is None or problem.activation.dynamic:
-        return []
-    scales = [None if params is None or params.scale is None else float(params.scale) for params in activation]
-    if None in scales:
-        raise ValueError(f"a stored scale of x is missing: {scales}")
-    return [scale for scale in scales if scale is not None]
+    return Prepared(layout_id, problem, tensors, meta).into(out)
 
 
 def _pack(part: Sequence[Weight], chunks: Chunks) -> torch.Tensor:
