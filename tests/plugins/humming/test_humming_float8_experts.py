@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from quantplug.expertweights import PreparedExperts
 from quantplug.kernel import Accepted
 from quantplug.moe import ExpertFunction
 from quantplug.platform import Platform
@@ -23,7 +22,7 @@ from quantplug_humming.float8experts import FastFloat8HummingExperts, Float8Humm
 from quantplug_humming.form import Form
 from quantplug_humming.prepare import layer_config
 from quantplug_testkit.compare import assert_bitwise_equal
-from quantplug_testkit.conformance.experts import EXPERT_CATALOGUE
+from quantplug_testkit.conformance.experts import EXPERT_CATALOGUE, MoEKernelConformance
 from quantplug_testkit.conformance.experts.case import ExpertCase
 from quantplug_testkit.conformance.experts.hazard import family
 from quantplug_testkit.oracles.activation import Rule, quantize
@@ -77,6 +76,27 @@ def test_every_element_is_within_the_derived_bound(name):
     case.check(x, routing, case.apply(x, routing), "3 rows")
 
 
+class Suite(MoEKernelConformance):
+    """What the testkit asks of every kernel; here of some layers, for an interpreter takes its time."""
+
+    kernel, platform, device = KERNEL, GPU, "cpu"
+
+
+@pytest.mark.parametrize(
+    ("ask", "name"),
+    [
+        (Suite.test_padding_gives_exactly_zero, "bias-odd"),
+        (Suite.test_input_of_any_stride_is_read_right, "x-float8"),
+        (Suite.test_input_of_any_stride_is_read_right, "x-float8-groups-and-blocks"),
+        (Suite.test_preparing_again_keeps_addresses, "bias-odd"),
+        (Suite.test_preparing_again_keeps_addresses, "blocks-odd"),
+        (Suite.test_compiles_into_one_graph, "x-float8"),
+    ],
+)
+def test_what_the_testkit_asks_holds_for_some_layers(ask, name):
+    ask(Suite(), FAMILIES[name])
+
+
 @pytest.mark.parametrize("name", ["x-float8", "one-scale"])
 def test_fast_sums_share_the_layout_and_are_within_their_bound(name):
     precise, fast = case_of(name), case_of(name, FAST)
@@ -93,50 +113,6 @@ def test_codes_that_are_given_out_follow_the_router_and_its_map():
         x, routing = case.inputs(rows), case.route(rows, kind)
         case.check(x, routing, case.apply(x, routing), f"{rows} rows, {kind}")
     case.apply(case.inputs(0), case.route(0))
-
-
-def test_padding_hides_what_x_and_weights_hold():
-    case = case_of("bias-odd")
-    x, routing = case.inputs(6), case.route(6, "spread")
-    clean = x.clone()
-    clean[::2] = 0
-    for holder, value in ((x, torch.nan), (routing.weights, torch.inf), (routing.ids, -1)):
-        holder[::2] = value
-    y = case.apply(x, routing)
-    assert torch.equal(y[::2], torch.zeros_like(y[::2]))
-    case.check(clean, routing, y, "y beside padded rows")
-
-
-@pytest.mark.parametrize("name", ["x-float8", "x-float8-groups-and-blocks"])
-def test_strided_x_is_quantized_where_it_lies(name):
-    case = case_of(name)
-    x, routing = case.inputs(6), case.route(6)
-    wide = torch.full((6, 2 * x.shape[1]), torch.nan, dtype=x.dtype)
-    wide[:, ::2] = x
-    assert torch.equal(case.apply(wide[:, ::2], routing), case.apply(x, routing))
-
-
-@pytest.mark.parametrize("name", ["bias-odd", "blocks-odd"])
-def test_preparing_again_overwrites_in_place(name):
-    case = case_of(name)
-    kept: PreparedExperts = case.prepared
-    addresses = {key: tensor.data_ptr() for key, tensor in kept.tensors.items()}
-    again = case.prepare(seed=1, out=kept)
-    assert {key: tensor.data_ptr() for key, tensor in again.tensors.items()} == addresses
-    for key, tensor in case.prepare(seed=1).tensors.items():
-        assert_bitwise_equal(again.tensors[key], tensor, key)
-
-
-def test_the_compiler_sees_one_operator():
-    case = case_of("x-float8")
-    x, routing, made = case.inputs(3), case.route(3), case.prepared
-
-    def call(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return KERNEL.apply(x, weights, ids, made)
-
-    torch.compiler.reset()
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, routing.weights, routing.ids), case.apply(x, routing))
 
 
 def form(inputs: int, shared: str, *, promoted: bool = False) -> Form:
