@@ -10,12 +10,14 @@ import torch
 from toy_checkpoints import toy_checkpoint
 
 from quantplug import dispatch
+from quantplug.errors import RunError
 from quantplug.hooks import hookimpl
-from quantplug.kernel import Traits
+from quantplug.kernel import LinearKernel, Traits
 from quantplug.load import load_layers
 from quantplug.planner import plan
 from quantplug.plugins import build_registry
 from quantplug.policy import Policy
+from quantplug.reference import ReferenceKernel
 from quantplug_testkit import toys
 
 PATH = "model.layers.0.self_attn.q_proj"
@@ -149,6 +151,25 @@ def test_what_passes_no_gradients_on_is_not_asked_for_them(layer, monkeypatch):
         assert torch.equal(x.grad, wanted @ values)
         with torch.no_grad():
             assert not module(x).requires_grad
+
+
+@pytest.mark.parametrize("lacking", [(Few,), (Few, Many)])
+def test_a_gradient_comes_from_whoever_dequantizes_or_is_refused(layer, monkeypatch, lacking):
+    for kernel in (Few, Many):
+        monkeypatch.setattr(kernel, "traits", Traits(uniform_segments=True))
+        monkeypatch.setattr(kernel, "apply", lambda self, *given: ReferenceKernel().apply(*given))
+    for kernel in lacking:
+        monkeypatch.setattr(kernel, "dequantize", LinearKernel.dequantize)
+    module, x = layer(), inputs(3).requires_grad_()
+    if Many not in lacking:
+        module(x).sum().backward()
+        assert x.grad.any()
+        return
+    with pytest.raises(RunError, match=r"toy\.fast and toy\.many gives none") as raised:
+        module(x)
+    assert raised.value.code == "QP-RUN-GRAD"
+    with torch.no_grad():
+        assert torch.equal(module(x), module(inputs(3)))
 
 
 def test_a_deep_copy_runs_compiled_on_its_own_memory(layer):

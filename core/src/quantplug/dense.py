@@ -137,10 +137,14 @@ class DenseProduct(LinearKernel):
         return self.kernel.unprepare(prepared)
 
 
+def dequantizes(kernel: LinearKernel) -> bool:
+    """Return whether a kernel has a `dequantize`, which is optional."""
+    return type(kernel).dequantize is not LinearKernel.dequantize
+
+
 def offers_dense(kernel: LinearKernel) -> bool:
     """Return whether a dense product can rest on a kernel: it dequantizes, and is chosen without being asked for."""
-    dequantizes = type(kernel).dequantize is not LinearKernel.dequantize
-    return dequantizes and not kernel.traits.fallback and not kernel.traits.by_request
+    return dequantizes(kernel) and not kernel.traits.fallback and not kernel.traits.by_request
 
 
 class _Rates:

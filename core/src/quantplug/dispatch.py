@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from quantplug.dense import DenseProduct
+from quantplug.dense import DenseProduct, dequantizes
 from quantplug.weight import Prepared
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, list[None], None]:
     wanted, tensors = _CALLS[ctx.call], list(ctx.saved_tensors)
-    kernel = wanted.choices[0][1]
+    kernel = next((kernel for _, kernel in wanted.choices if dequantizes(kernel)), wanted.choices[0][1])
     values = kernel.dequantize(wanted.prepared(kernel, tensors), ctx.dtype)
     rows = grad.reshape(-1, grad.shape[-1])
     return grad @ values, rows.sum(0) if ctx.bias else None, [None] * len(tensors), None

@@ -10,7 +10,7 @@ import torch
 
 from quantplug import dispatch
 from quantplug.asking import split
-from quantplug.dense import DenseProduct
+from quantplug.dense import DenseProduct, dequantizes
 from quantplug.errors import LoadError, RunError
 from quantplug.evidence import DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.preparedmodule import PreparedModule, named_tensors
@@ -204,7 +204,7 @@ class QuantizedLinear(PreparedModule):
         if x.shape[-1] != self._inputs_of(x.dtype, x.device):
             self._refuse(x)
         if x.requires_grad and not self._differentiable and torch.is_grad_enabled():
-            return self._join([dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls])
+            return self._with_gradient(x)
         if self._only is not None:
             kernel, part, bias = self._only
             return kernel.apply(x, part, bias)
@@ -217,6 +217,15 @@ class QuantizedLinear(PreparedModule):
             parts = self._held[chosen.layout_id]
             results = [chosen.apply(x, part, bias) for part, bias in zip(parts, self._part_biases, strict=True)]
         return self._join(results)
+
+    def _with_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        if not any(dequantizes(kernel) for _, kernel in self._choices):
+            names = " and ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
+            raise RunError(
+                "QP-RUN-GRAD", self.path, f"x wants a gradient, and {names} gives none",
+                fix="Run under torch.no_grad(), or pin a kernel that dequantizes, such as reference.",
+            )  # fmt: skip
+        return self._join([dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls])
 
     @staticmethod
     def _join(results: list[torch.Tensor]) -> torch.Tensor:

@@ -58,18 +58,14 @@ class QuantizingKernel(ReferenceKernel):
         out: Prepared | None = None,
     ) -> Prepared:
         """Keep what is stored about x beside the canonical tensors."""
-        prepared = super().prepare(problem, segments, activation, device, out)
+        prepared = super().prepare(problem, segments, activation, device)
         stored = {
             f"{name}.x.{number}": value.to(device)
             for number, params in enumerate(activation)
             for name in _STORED
             if (value := getattr(params, name, None)) is not None
         }
-        if out is None:
-            return replace(prepared, tensors={**prepared.tensors, **stored})
-        for name, tensor in stored.items():
-            out.tensors[name].copy_(tensor)
-        return out
+        return replace(prepared, tensors={**prepared.tensors, **stored}).into(out)
 
     def params(self, prepared: Prepared, number: int) -> ActivationParams:
         """Return what the file stores about x for one segment."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantplug.kernel import Accepted, Verdict
-from quantplug.reference import ReferenceKernel
 from quantplug.spec import ElementType
 from quantplug.weight import ActivationParams, Prepared
 from quantplug_testkit.quantizing import QuantizingKernel, dynamic_scale, fake_quantize, largest, nearest
@@ -110,9 +109,11 @@ class KeepsOldScaleOfX(Misquantizer):
         out: Prepared | None = None,
     ) -> Prepared:
         """Write the weights only."""
+        made = super().prepare(problem, segments, activation, device)
         if out is None:
-            return super().prepare(problem, segments, activation, device)
-        return ReferenceKernel.prepare(self, problem, segments, activation, device, out)
+            return made
+        kept = {name: out.tensors[name].clone() if ".x." in name else new for name, new in made.tensors.items()}
+        return replace(made, tensors=kept).into(out)
 
 
 class ZeroPointIgnored(Misquantizer):
