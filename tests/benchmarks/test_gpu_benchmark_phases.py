@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,8 +156,10 @@ def test_a_call_is_enqueued_as_a_layer_makes_it_for_one_layer_and_few_rows(on_cp
 
 
 def test_the_time_of_a_series_of_calls_is_shared_out(on_cpu):
-    on_cpu.setattr(hostcost, "_CALLS", 10)
-    assert 1000 < hostcost.series_us(lambda: time.sleep(0.001)) < 20_000
+    """By a clock that the calls themselves put forward, by 3 us each."""
+    clock = SimpleNamespace(now=5.0)
+    on_cpu.setattr(hostcost, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    assert hostcost.series_us(lambda: setattr(clock, "now", clock.now + 3e-6)) == pytest.approx(3.0)
 
 
 def test_a_point_knows_its_roof(on_cpu):
