@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +30,8 @@ ROWS, EXPERT_ROWS = (1, 17, 64, 200), (1, 17, 70)
 KINDS = ("mixed", "one-expert", "nowhere")
 
 CUT = {
-    "marlin.wna16": ("tests.device.test_marlin_layers", ("int4", "mxfp8")),
-    "marlin.w8.rows": ("tests.device.test_marlin_rows", ("row", "block")),
+    "marlin.wna16": ("test_marlin_layers", ("int4", "mxfp8")),
+    "marlin.w8.rows": ("test_marlin_rows", ("row", "block")),
 }
 """Kernels that are cut in many ways: the module whose tests try them, and the layers that they are tried on."""
 
@@ -107,6 +108,8 @@ def main(name: str, tool: str) -> int:
         count = launch_linear(tests)
         if name in CUT:
             module, layers = CUT[name]
+            # As pytest imports tests: with the helper modules beside them.
+            sys.path.append(str(Path(__file__).parent))
             count += launch_cuts(import_module(module), layers, tool)
     else:
         tests = type("Tests", (MoEKernelConformance,), {"kernel": found.moe_kernel(name).item, **settings})()

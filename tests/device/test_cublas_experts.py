@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_checks import check_experts, check_that_a_graph_follows_the_router
 
 from quantplug.activations import read_activation
 from quantplug.expertfunction import between
@@ -11,7 +12,6 @@ from quantplug.expertweights import PreparedExperts
 from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, PerChannel, PerTensor, WeightSpec
-from quantplug_testkit.compare import assert_bitwise_equal
 from quantplug_testkit.conformance.experts import MoEKernelConformance
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -60,34 +60,20 @@ class TestFastCublasExperts(MoEKernelConformance):
 def test_what_the_catalogue_lacks_is_within_the_bound(name: str) -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
     for rows in (1, 70):
-        x, routing = case.inputs(rows), case.route(rows)
-        case.check(x, routing, case.apply(x, routing), f"{rows} rows")
+        check_experts(case, rows)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("many", 90), ("static-bias", 270)])
 def test_choices_that_two_launches_put_in_order_are_within_the_bound(name: str, rows: int) -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
-    x, routing = case.inputs(rows), case.route(rows)
-    case.check(x, routing, case.apply(x, routing), f"{rows} rows")
+    check_experts(case, rows)
 
 
 @pytest.mark.parametrize("name", ["many", "static-bias"])
 def test_a_graph_follows_the_router(name: str) -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
     for rows in (5, 90):
-        x, routing = case.inputs(rows), case.route(rows)
-        case.apply(x, routing)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = case.apply_plainly(x, routing)
-        for seed in (1, 2):
-            x.copy_(case.inputs(rows, seed))
-            other = case.route(rows, seed=seed)
-            routing.ids.copy_(other.ids)
-            routing.weights.copy_(other.weights)
-            graph.replay()
-            case.check(x, routing, y, "replayed")
-            assert_bitwise_equal(y, case.apply(x, routing), "the same without a graph")
+        check_that_a_graph_follows_the_router(case, rows)
 
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 256, 1024), (300, 256, 1024), (300, 2048, 2048)])
@@ -157,5 +143,4 @@ def test_the_plain_way_serves_where_there_is_no_triton(monkeypatch: pytest.Monke
     cases = [ExpertCase(KERNEL, GPU, CUDA, hazard) for hazard in HAZARDS.values()]
     monkeypatch.setattr(mixture, "_LAUNCHES", False)
     for case in cases:
-        x, routing = case.inputs(9), case.route(9)
-        case.check(x, routing, case.apply(x, routing), "9 rows")
+        check_experts(case, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_checks import check_two_streams
 
 from quantplug.activations import read_activation
 from quantplug.spec import ElementType, LinearProblem, PerBlock, PerChannel, PerTensor, SegmentSpec, WeightSpec
@@ -125,18 +126,7 @@ def test_a_graph_gives_what_plain_calls_give_also_for_other_inputs(mode: str) ->
 @pytest.mark.parametrize("mode", MODES)
 def test_two_streams_at_once_do_not_disturb_each_other(mode: str) -> None:
     made = layer(mode, random_codes(320, 576))
-    inputs = [torch.randn(3, 576, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    wanted = [KERNEL.apply(x, made, None) for x in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    torch.cuda.synchronize()
-    results: list[list[torch.Tensor]] = [[], []]
-    for _ in range(50):
-        for number, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[number].append(KERNEL.apply(inputs[number], made, None))
-    torch.cuda.synchronize()
-    for number, found in enumerate(results):
-        assert all(torch.equal(y, wanted[number]) for y in found)
+    check_two_streams(KERNEL, made, lambda: torch.randn(3, 576, dtype=torch.bfloat16, device="cuda"))
 
 
 def test_the_plain_way_serves_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

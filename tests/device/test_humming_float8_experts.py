@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_checks import check_experts, check_that_a_graph_follows_the_router
 
 from quantplug.activations import read_activation
 from quantplug.expertweights import ExpertWeights
@@ -67,32 +68,19 @@ class TestFastFloat8HummingExperts(MoEKernelConformance):
 def test_what_the_catalogue_lacks_is_within_the_bound(name: str) -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
     for rows in (1, 70):
-        x, routing = case.inputs(rows), case.route(rows)
-        case.check(x, routing, case.apply(x, routing), f"{rows} rows")
+        check_experts(case, rows)
 
 
 def test_choices_that_two_launches_put_in_order_are_within_the_bound() -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS["many"])
-    x, routing = case.inputs(270), case.route(270)
-    case.check(x, routing, case.apply(x, routing), "270 rows")
+    check_experts(case, 270)
 
 
 @pytest.mark.parametrize("name", ["many", "blocks-odd"])
 def test_a_graph_follows_the_router(name: str) -> None:
     case = ExpertCase(KERNEL, GPU, CUDA, HAZARDS[name])
     for rows in (5, 270):
-        x, routing = case.inputs(rows), case.route(rows)
-        case.apply(x, routing)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = case.apply_plainly(x, routing)
-        for seed in (1, 2):
-            x.copy_(case.inputs(rows, seed))
-            other = case.route(rows, seed=seed)
-            routing.ids.copy_(other.ids)
-            routing.weights.copy_(other.weights)
-            graph.replay()
-            case.check(x, routing, y, "replayed")
+        check_that_a_graph_follows_the_router(case, rows)
 
 
 @pytest.mark.parametrize("rows", [1, 300, 3000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device_checks import on_two_streams
 
 from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug.weight import Weight
@@ -38,15 +39,7 @@ def test_sums_in_parts_on_two_streams_at_once_are_right(cuda: torch.device) -> N
     inputs = [torch.randn(16, 4096, dtype=torch.bfloat16, device=cuda) for _ in range(2)]
     for x in inputs:
         assert off(KERNEL.apply(x, prepared, None), x, values) < NEAR
-    streams = [torch.cuda.Stream() for _ in inputs]
-    torch.cuda.synchronize()
-    results: list[list[torch.Tensor]] = [[], []]
-    for _ in range(50):
-        for number, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[number].append(KERNEL.apply(inputs[number], prepared, None))
-    torch.cuda.synchronize()
-    for x, found in zip(inputs, results, strict=True):
+    for x, found in zip(inputs, on_two_streams(KERNEL, prepared, inputs, calls=50), strict=True):
         assert all(off(y, x, values) < NEAR for y in found)
 
 

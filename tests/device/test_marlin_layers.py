@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from device_checks import (
+    check_chain,
+    check_graph,
+    check_product,
+    check_that_calls_compile_nothing,
+    check_two_streams,
+)
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug.weight import Prepared, Weight
-from quantplug_testkit.bounds import linear_bound
-from quantplug_testkit.canonical import make_weight, segment_of, to_float64
-from quantplug_testkit.compare import assert_bitwise_equal, assert_within
-from quantplug_testkit.oracles.linear import linear
+from quantplug_testkit.canonical import make_weight
+from quantplug_testkit.compare import assert_bitwise_equal
 
 if not torch.cuda.is_available() or torch.version.hip:
     pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False here", allow_module_level=True)
@@ -45,61 +52,24 @@ def inputs(rows: int, in_features: int = K) -> torch.Tensor:
     return torch.randn(rows, in_features, dtype=torch.bfloat16, device="cuda")
 
 
-def check(x: torch.Tensor, y: torch.Tensor, weight: Weight, what: str) -> None:
-    segment, rows = segment_of(weight), to_float64(x)
-    bound = linear_bound(rows, [segment], None, "bfloat16")
-    assert_within(y, linear(rows, segment.values()), bound, what)
-
-
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("rows", [1, 16, 33, 130])
 def test_a_graph_gives_what_plain_calls_give_also_for_other_inputs(name: str, rows: int) -> None:
-    prepared, weight = layer(name)
-    x = inputs(rows)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = KERNEL.apply(x, prepared, None)
-    for _ in range(3):
-        x.copy_(inputs(rows))
-        graph.replay()
-        check(x, y, weight, f"{name}, {rows} rows, replayed")
-        assert_bitwise_equal(y, KERNEL.apply(x, prepared, None), "the same without a graph")
+    check_graph(KERNEL, *layer(name), lambda: inputs(rows), f"{name}, {rows} rows")
 
 
 def test_two_streams_at_once_do_not_disturb_each_other() -> None:
     prepared, _ = layer("int4")
     for rows in (1, 40):
-        given = [inputs(rows) for _ in range(2)]
-        wanted = [KERNEL.apply(x, prepared, None) for x in given]
-        streams = [torch.cuda.Stream() for _ in given]
-        torch.cuda.synchronize()
-        results: list[list[torch.Tensor]] = [[], []]
-        for _ in range(100):
-            for number, stream in enumerate(streams):
-                with torch.cuda.stream(stream):
-                    results[number].append(KERNEL.apply(given[number], prepared, None))
-        torch.cuda.synchronize()
-        for number, found in enumerate(results):
-            assert all(torch.equal(y, wanted[number]) for y in found)
+        check_two_streams(KERNEL, prepared, partial(inputs, rows), calls=100)
 
 
 def test_a_chain_of_layers_reads_what_the_one_before_has_written() -> None:
-    """Kernels overlap: each may begin before the one ahead of it has finished, and must wait before it reads x."""
     spec = SPECS["int4"]
     weights = [make_weight(spec, K, K, np.random.default_rng(seed)) for seed in range(6)]
     problem = LinearProblem(K, (SegmentSpec(K, spec),), "bfloat16")
     layers = [KERNEL.prepare(problem, [weight], [None], torch.device("cuda")) for weight in weights]
-    for rows in (1, 16, 64):
-        x = inputs(rows)
-        apart = x
-        for prepared in layers:
-            apart = KERNEL.apply(apart, prepared, None)
-            torch.cuda.synchronize()
-        for _ in range(20):
-            y = x
-            for prepared in layers:
-                y = KERNEL.apply(y, prepared, None)
-            assert_bitwise_equal(y, apart, f"six layers, {rows} rows")
+    check_chain(KERNEL, layers, inputs)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -201,16 +171,8 @@ def check_cut(name: str, cut: Cut | GroupCut, in_features: int) -> None:
         way = launch.way(form, cut, N, codes.shape[0], codes.shape[1], rows, 0, stream)
         x, y = inputs(rows, in_features), torch.full((rows, N), torch.nan, dtype=torch.bfloat16, device="cuda")
         launch.run(way, x, codes, scales, None, None, None, y)
-        check(x, y, weight, f"{cut}, {rows} rows")
+        check_product(x, y, weight, f"{cut}, {rows} rows")
 
 
 def test_nothing_is_compiled_by_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, _ = layer("int4")
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("compiled by a call")
-
-    monkeypatch.setattr("quantplug_marlin.device.cubin", refuse)
-    monkeypatch.setattr(launch, "_ways", {})
-    for rows in (1, 8, 9, 17, 33, 64, 65, 128, 200, 1000):
-        KERNEL.apply(inputs(rows), prepared, None)
+    check_that_calls_compile_nothing(KERNEL, layer("int4")[0], inputs, launch, monkeypatch)

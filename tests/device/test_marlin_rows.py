@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from device_checks import (
+    check_chain,
+    check_graph,
+    check_product,
+    check_that_calls_compile_nothing,
+    check_two_streams,
+)
 
 from quantplug import dispatch
 from quantplug.activations import read_activation
@@ -12,11 +21,9 @@ from quantplug.platform import Platform
 from quantplug.rowprepare import prepare
 from quantplug.spec import ElementType, LinearProblem, PerBlock, PerChannel, PerTensor, SegmentSpec, WeightSpec
 from quantplug.weight import Prepared, Weight
-from quantplug_testkit.bounds import linear_bound
-from quantplug_testkit.canonical import make_weight, segment_of, to_float64
-from quantplug_testkit.compare import assert_bitwise_equal, assert_within
+from quantplug_testkit.canonical import make_weight
+from quantplug_testkit.compare import assert_bitwise_equal
 from quantplug_testkit.conformance import LinearKernelConformance
-from quantplug_testkit.oracles.linear import linear
 
 if not torch.cuda.is_available() or torch.version.hip:
     pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False here", allow_module_level=True)
@@ -55,12 +62,6 @@ def inputs(rows: int, dtype: str = "bfloat16", k: int = K) -> torch.Tensor:
     return torch.randn(rows, k, device="cuda").to(getattr(torch, dtype))
 
 
-def check(x: torch.Tensor, y: torch.Tensor, weight: Weight, what: str) -> None:
-    segment, rows = segment_of(weight), to_float64(x)
-    bound = linear_bound(rows, [segment], None, str(x.dtype).removeprefix("torch."))
-    assert_within(y, linear(rows, segment.values()), bound, what)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_any_number_of_rows_of_any_stride_is_within_the_bound(mode: str, dtype: str) -> None:
@@ -68,7 +69,7 @@ def test_any_number_of_rows_of_any_stride_is_within_the_bound(mode: str, dtype: 
     for rows in (0, 1, 3, 8, 9, 17, 32, 33, 64, 65, 129, 300):
         x = inputs(rows, dtype)
         y = KERNEL.apply(x, prepared, None)
-        check(x, y, weight, f"{rows} rows")
+        check_product(x, y, weight, f"{rows} rows")
         wide = torch.full((rows, 2 * K + 8), torch.nan, dtype=x.dtype, device="cuda")
         wide[:, 3 : 3 + 2 * K : 2] = x
         assert_bitwise_equal(
@@ -79,50 +80,19 @@ def test_any_number_of_rows_of_any_stride_is_within_the_bound(mode: str, dtype: 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 16, 33, 130])
 def test_a_graph_gives_what_plain_calls_give_also_for_other_inputs(mode: str, rows: int) -> None:
-    prepared, weight = layer(mode)
-    x = inputs(rows)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = KERNEL.apply(x, prepared, None)
-    for _ in range(3):
-        x.copy_(inputs(rows))
-        graph.replay()
-        check(x, y, weight, f"{mode}, {rows} rows, replayed")
-        assert_bitwise_equal(y, KERNEL.apply(x, prepared, None), "the same without a graph")
+    check_graph(KERNEL, *layer(mode), lambda: inputs(rows), f"{mode}, {rows} rows")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_streams_at_once_do_not_disturb_each_other(mode: str) -> None:
     prepared, _ = layer(mode)
     for rows in (1, 40):
-        given = [inputs(rows) for _ in range(2)]
-        wanted = [KERNEL.apply(x, prepared, None) for x in given]
-        streams = [torch.cuda.Stream() for _ in given]
-        torch.cuda.synchronize()
-        results: list[list[torch.Tensor]] = [[], []]
-        for _ in range(50):
-            for number, stream in enumerate(streams):
-                with torch.cuda.stream(stream):
-                    results[number].append(KERNEL.apply(given[number], prepared, None))
-        torch.cuda.synchronize()
-        for number, found in enumerate(results):
-            assert all(torch.equal(y, wanted[number]) for y in found)
+        check_two_streams(KERNEL, prepared, partial(inputs, rows))
 
 
 def test_a_chain_of_layers_reads_what_the_one_before_has_written() -> None:
-    """Kernels overlap: each may begin before the one ahead of it has finished, and must wait before it reads x."""
     layers = [layer("row", n=1024, k=1024)[0] for _ in range(5)]
-    for rows in (1, 16, 64):
-        x = inputs(rows, k=1024)
-        apart = x
-        for prepared in layers:
-            apart = KERNEL.apply(apart, prepared, None)
-            torch.cuda.synchronize()
-        for _ in range(20):
-            y = x
-            for prepared in layers:
-                y = KERNEL.apply(y, prepared, None)
-            assert_bitwise_equal(y, apart, f"five layers, {rows} rows")
+    check_chain(KERNEL, layers, lambda rows: inputs(rows, k=1024))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -165,19 +135,11 @@ def check_cut(mode: str, cut: Cut | GroupCut, width: int) -> None:
         x = torch.nn.functional.pad(inputs(rows, k=width), (0, -width % 8))
         y = torch.full((rows, N), torch.nan, dtype=torch.bfloat16, device="cuda")
         rowcalls.run(way, x, codes, scales, None, y)
-        check(x[:, :width], y, weight, f"{cut}, {rows} rows")
+        check_product(x[:, :width], y, weight, f"{cut}, {rows} rows")
 
 
 def test_nothing_is_compiled_by_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, _ = layer("row")
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("compiled by a call")
-
-    monkeypatch.setattr("quantplug_marlin.device.cubin", refuse)
-    monkeypatch.setattr(rowcalls, "_ways", {})
-    for rows in (1, 8, 9, 17, 33, 64, 65, 128, 200, 1000):
-        KERNEL.apply(inputs(rows), prepared, None)
+    check_that_calls_compile_nothing(KERNEL, layer("row")[0], inputs, rowcalls, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -197,7 +159,7 @@ def test_one_copy_serves_few_rows_here_and_many_there(mode: str) -> None:
         x = inputs(rows, k=1024)
         y = dispatch.run(x, None, list(prepared.tensors.values()), call)
         if rows <= 64:
-            check(x, y, weight, f"{rows} rows")
+            check_product(x, y, weight, f"{rows} rows")
         else:
             assert_bitwise_equal(y, cublas.apply(x, theirs, None), f"{rows} rows")
             exact = x.double() @ weight.dequantize().double().to("cuda").t()
