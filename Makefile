@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := core plugins/gptq plugins/auto-round plugins/fp8 plugins/mx plugins/awq plugins/int8 plugins/compressed-tensors \
 	plugins/modelopt plugins/quark plugins/torchao plugins/architectures plugins/cpu plugins/transformers plugins/peers plugins/cli \
-	plugins-gpu/triton plugins-gpu/marlin plugins-gpu/cublas plugins-gpu/humming tests/testkit
+	plugins-gpu/triton plugins-gpu/marlin plugins-gpu/cublas plugins-gpu/humming plugins-gpu/deepgemm tests/testkit
 TOOLS := pytest hypothesis ml_dtypes import-linter ruff mypy matplotlib accelerate gguf nvidia-cuda-nvrtc
 
 .PHONY: demo test lint unit slow bench witness setup clean

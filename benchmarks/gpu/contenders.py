@@ -41,6 +41,9 @@ Rows up to which kernels are, beyond which others are chosen: portable ones are 
 what shares its weights with products in FP8 leaves many rows to those.
 """
 
+_COMPILED_BY_PACKAGES = ("humming.", "deepgemm.")
+"""What begins like this wraps a package that compiles for seconds, for each layer and range of rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -135,6 +138,7 @@ class Ours(_Installed):
     def __init__(self, name: str) -> None:
         self.name = name
         self.kernel = registry().kernel(name).item
+        self.slow_to_compile = name.startswith(_COMPILED_BY_PACKAGES)
 
     def prepare(self, case: LinearCase) -> Held:
         """Let the kernel prepare the layer."""

@@ -23,7 +23,7 @@ def normalise(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
-ELSEWHERE = {"humming": ["humming-kernels"]}
+ELSEWHERE = {"humming": ["humming-kernels"], "deep_gemm": ["sgl-deep-gemm"]}
 """Who brings a module that the tests do without and that is not called as its distribution is."""
 
 

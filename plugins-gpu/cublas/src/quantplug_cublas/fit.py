@@ -19,7 +19,7 @@ _ARCHS = {"8.9": "Ada", "9.0": "Hopper"}
 
 # One H100, see benchmarks/gpu/README.md: bytes of a stream of weights and products per microsecond, two launches.
 _BYTES_PER_US = 2.5e6
-_PRODUCTS_PER_US, _FAST_PRODUCTS_PER_US = 6.6e8, 7.2e8
+_PRODUCTS_PER_US, _FAST_PRODUCTS_PER_US = {"tensor": 6.6e8, "row": 6.6e8, "block": 5.6e8}, 7.2e8
 _LAUNCHES_US = {"tensor": 4.0, "row": 6.1, "block": 10.0}
 
 
@@ -40,10 +40,10 @@ def verdict(problem: LinearProblem, platform: Platform, *, fast: bool) -> Verdic
         return Rejected(
             "granularity", f"blocks of {BLOCK} x {BLOCK} are not added up fast", "one scale, or one per row"
         )
-    held = bytes_held(problem)
+    held, products_per_us = bytes_held(problem), _FAST_PRODUCTS_PER_US if fast else _PRODUCTS_PER_US[mode]
     notes = [f"K is filled up to {width(problem)}"] if width(problem) != k else []
     return Accepted(
-        Cost(_LAUNCHES_US[mode] + held / _BYTES_PER_US, n * k / (_FAST_PRODUCTS_PER_US if fast else _PRODUCTS_PER_US)),
+        Cost(_LAUNCHES_US[mode] + held / _BYTES_PER_US, n * k / products_per_us),
         casts=(sums(fast=fast),),
         extra_bytes=max(0, held - problem.stored_bytes),
         notes=tuple(notes),

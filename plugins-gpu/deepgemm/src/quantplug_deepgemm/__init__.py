@@ -1,0 +1,1 @@
+"""The FP8 products of the package sgl-deep-gemm for quantplug."""
