@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from quantplug.activations import read_activation
 from quantplug.kernel import Accepted
 from quantplug.platform import Platform
+from quantplug.spec import ElementType, LinearProblem, PerBlock, SegmentSpec, WeightSpec
 from quantplug_deepgemm.kernel import DeepGemmKernel
 from quantplug_deepgemm.probe import _try_product
+from quantplug_testkit.canonical import make_weight
 from quantplug_testkit.conformance.case import Case
 from quantplug_testkit.conformance.problems import CATALOGUE
 from quantplug_testkit.oracles.activation import Rule, quantize
@@ -37,6 +41,25 @@ def test_every_element_is_within_the_derived_bound(name):
         before = x.clone()
         case.check(x, case.apply(x), f"{rows} rows")
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("sizes", [(200, 72), (256, 72)])
+def test_segments_and_a_bias_give_what_each_gives_alone(sizes):
+    """Where the first ends within a block, each is a product of its own."""
+    spec = WeightSpec(ElementType.FLOAT8_E4M3FN, PerBlock(128, 128), "float32")
+    permission, dice = read_activation("float8_e4m3fn/group128/dynamic", "here"), np.random.default_rng(0)
+    segments = [SegmentSpec(size, spec) for size in sizes]
+    weights = [make_weight(spec, size, 300, dice) for size in sizes]
+
+    def made(number):
+        problem = LinearProblem(300, tuple(segments[number]), "bfloat16", True, permission)
+        return KERNEL.prepare(problem, weights[number], [None] * len(weights[number]), CPU)
+
+    x, bias = torch.randn(5, 300).bfloat16(), torch.randn(sum(sizes)).bfloat16()
+    whole = made(slice(0, 2))
+    assert whole.meta["parts"] == (2 if sizes[0] % 128 else 1)
+    alone = [KERNEL.apply(x, made(slice(number, number + 1)), None) for number in (0, 1)]
+    assert torch.equal(KERNEL.apply(x, whole, bias), torch.cat(alone, dim=1) + bias)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
