@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
+from quantplug.expertrows import LAYOUT_ID
 from quantplug.kernel import Rejected, Traits, Verdict
 from quantplug.moekernel import MoEKernel
 from quantplug_cublas.expertfit import experts_verdict
@@ -33,7 +34,7 @@ class CublasExperts(MoEKernel):
     __slots__ = ()
 
     name = "cublas.moe"
-    layout_id = "cublas.experts"
+    layout_id = LAYOUT_ID
     traits = Traits()
     fast: ClassVar[bool] = False
     """Whether sums are never promoted to float32 ("fast accumulation"), rather than every 128 inputs."""
@@ -57,9 +58,9 @@ class CublasExperts(MoEKernel):
         out: PreparedExperts | None = None,
     ) -> PreparedExperts:
         """Keep codes as they are, filled up to what the operator takes, and a float32 scale for every row."""
-        from quantplug_cublas.expertprepare import prepare_experts
+        from quantplug.expertrowprepare import prepare_experts
 
-        return prepare_experts(problem, experts, device, self.layout_id, out)
+        return prepare_experts(problem, experts, device, out)
 
     def apply(
         self,
@@ -76,20 +77,15 @@ class CublasExperts(MoEKernel):
 
     def dequantize(self, prepared: PreparedExperts, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `code * scale` of one expert."""
-        import torch
+        from quantplug.expertrowprepare import dequantize
 
-        from quantplug_cublas.expertprepare import weights_of
-
-        found = weights_of(prepared, expert)
-        return torch.cat([weight.dequantize(torch.float32) for weight in found.w13]), found.w2.dequantize(torch.float32)
+        return dequantize(prepared, expert)
 
     def unprepare(self, prepared: PreparedExperts, expert: int) -> ExpertWeights:
         """Return one expert's canonical weights where no scale was rounded on the way in."""
-        from quantplug_cublas.expertprepare import weights_of
+        from quantplug.expertrowprepare import unprepare
 
-        if prepared.meta["rounded"]:
-            raise NotImplementedError(f"kernel {self.name} holds float64 scales in float32: there is no exact way back")
-        return weights_of(prepared, expert)
+        return unprepare(prepared, expert)
 
 
 class FastCublasExperts(CublasExperts):

@@ -1,14 +1,5 @@
 """
-From experts' canonical weights to what torch's grouped product takes, and back.
-
-For E experts, gate and up of I rows, filled up to R, and H inputs, filled up to S, a scale for every row:
-
-- `w13.codes`: float8_e4m3fn `[E, P R, S]`, gate before up, P of them; where each has a stored scale of x, they are
-  groups of their own, those of gate before those of up: `[P E, R, S]`; codes are 0 where they are filled up;
-- `w13.scales`: float32 `[E, P R]` or `[P E, R]`;
-- `w2.codes` `[E, S, R]`, `w2.scales` `[E, S]`;
-- `b13` `[E, P I]`, `b2` `[E, H]`, where there are biases, in the problem's dtype;
-- `w13.x_scales` float32 `[P, E]`, `w2.x_scales` `[E]`, the stored scales of what enters either product, where they are.
+From experts' canonical weights to the layout that `expertrows.py` describes, and back.
 """
 
 from __future__ import annotations
@@ -17,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug.expertrows import LAYOUT_ID, turns
 from quantplug.expertweights import ExpertWeights, PreparedExperts
 from quantplug.rowlayout import fill
 from quantplug.spec import PerTensor
 from quantplug.weight import Weight
-from quantplug_cublas.expertfit import turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,16 +26,15 @@ def prepare_experts(
     problem: MoEProblem,
     experts: Iterable[ExpertWeights],
     device: torch.device,
-    layout_id: str,
     out: PreparedExperts | None,
 ) -> PreparedExperts:
     """
-    Return the tensors above; `out` is overwritten in place.
+    Return the tensors of the layout; `out` is overwritten in place.
 
     Raises:
         ValueError: a stored scale of x is missing.
     """
-    made = _empty(problem, device, layout_id) if out is None else out
+    made = _empty(problem, device) if out is None else out
     tensors, between, rounded = made.tensors, fill(problem.intermediate), False
     for number, expert in enumerate(experts):
         rounded |= any(weight.scales.dtype == torch.float64 for weight in (*expert.w13, expert.w2))
@@ -59,10 +49,10 @@ def prepare_experts(
             for part, stored in enumerate(expert.a13):
                 tensors["w13.x_scales"][part, number] = _scale(stored, f"w13 of expert {number}")
             tensors["w2.x_scales"][number] = _scale(expert.a2, f"w2 of expert {number}")
-    return PreparedExperts(layout_id, problem, tensors, {"rounded": int(rounded)}) if out is None else out
+    return PreparedExperts(LAYOUT_ID, problem, tensors, {"rounded": int(rounded)}) if out is None else out
 
 
-def _empty(problem: MoEProblem, device: torch.device, layout_id: str) -> PreparedExperts:
+def _empty(problem: MoEProblem, device: torch.device) -> PreparedExperts:
     """Return room for all experts, 0 where it is filled up."""
     count, parts, groups = problem.experts, len(problem.w13), turns(problem)
     hidden, between = fill(problem.hidden), fill(problem.intermediate)
@@ -80,7 +70,7 @@ def _empty(problem: MoEProblem, device: torch.device, layout_id: str) -> Prepare
     if problem.activation is not None and not problem.activation.dynamic:
         tensors["w13.x_scales"] = torch.empty(parts, count, device=device)
         tensors["w2.x_scales"] = torch.empty(count, device=device)
-    return PreparedExperts(layout_id, problem, tensors)
+    return PreparedExperts(LAYOUT_ID, problem, tensors)
 
 
 def _put(codes: torch.Tensor, scales: torch.Tensor, row: int, weight: Weight) -> None:
@@ -94,6 +84,24 @@ def _scale(stored: ActivationParams | None, where: str) -> float:
     if stored is None or stored.scale is None:
         raise ValueError(f"a stored scale of x is missing: {where}")
     return float(stored.scale)
+
+
+def dequantize(prepared: PreparedExperts, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one expert's values in float32, those of gate above those of up `[P I, H]`, and those of down `[H, I]`."""
+    found = weights_of(prepared, expert)
+    return torch.cat([weight.dequantize(torch.float32) for weight in found.w13]), found.w2.dequantize(torch.float32)
+
+
+def unprepare(prepared: PreparedExperts, expert: int) -> ExpertWeights:
+    """
+    Return one expert's canonical weights bit by bit.
+
+    Raises:
+        NotImplementedError: a float64 scale was rounded to float32 on the way in.
+    """
+    if prepared.meta["rounded"]:
+        raise NotImplementedError(f"the layout {LAYOUT_ID} holds float64 scales in float32: there is no exact way back")
+    return weights_of(prepared, expert)
 
 
 def weights_of(prepared: PreparedExperts, expert: int) -> ExpertWeights:
