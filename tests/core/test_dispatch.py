@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from toy_checkpoints import toy_checkpoint
 
 from quantplug import dispatch
@@ -170,6 +171,44 @@ def test_a_gradient_comes_from_whoever_dequantizes_or_is_refused(layer, monkeypa
     assert raised.value.code == "QP-RUN-GRAD"
     with torch.no_grad():
         assert torch.equal(module(x), module(inputs(3)))
+
+
+def dual(function, x):
+    """Return the tangent of y that a tangent of ones on x makes, None where it is lost."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def jvp(function, x):
+    return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("differentiate", [dual, jvp])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_tangent_goes_through_differentiable_kernels_and_is_refused_by_others(
+    layer, monkeypatch, differentiate, rows
+):
+    module, x = layer(), inputs(rows)
+    values = module.dequantize()
+    # A weight is rounded to bfloat16, and so is the sum.
+    off = (differentiate(module, x) - values.sum(1)).abs()
+    assert bool((off <= values.abs().sum(1) * 2**-8).all())
+    for kernel in (Few, Many):
+        monkeypatch.setattr(kernel, "traits", Traits(uniform_segments=True))
+    module = layer()
+    with pytest.raises(RunError, match=r"x carries a tangent, and toy\.fast and toy\.many gives none") as raised:
+        differentiate(module, x)
+    assert raised.value.code == "QP-RUN-GRAD"
+    # Of another's tangent, or once it is gone, nothing is said.
+    assert dual(lambda ones: ones * module(x).sum(), torch.ones(1, dtype=torch.bfloat16)) == module(x).sum()
+
+
+def test_a_compiled_layer_loses_no_tangent(layer):
+    """What is one operator to the compiler is none to a transformation inside: it is left out of the graph."""
+    module, x = layer(), inputs(3)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: jvp(module, x), backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(x), jvp(module, x))
 
 
 def test_a_deep_copy_runs_compiled_on_its_own_memory(layer):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.autograd import forward_ad
 from toy_checkpoints import toy_registry
 from toy_experts import HIDDEN, container, dense_moe, expected, toy_moe, write_moe
 
@@ -300,6 +301,14 @@ def test_a_gradient_that_the_kernel_does_not_give_is_refused(tmp_path: Path) -> 
         assert raised.value.code == "QP-RUN-GRAD"
         with torch.no_grad():
             assert torch.equal(experts(*wanting), y)
+    for number in (0, 1):
+        given = [x, weights, ids]
+        with forward_ad.dual_level():
+            given[number] = forward_ad.make_dual(given[number], torch.ones_like(given[number]))
+            with pytest.raises(RunError, match="carry a tangent, and opaque gives none") as raised:
+                experts(*given)
+            assert raised.value.code == "QP-RUN-GRAD"
+            assert torch.equal(experts(x, weights, ids), y)
 
 
 _MEASURED = """

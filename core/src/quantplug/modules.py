@@ -15,6 +15,7 @@ from quantplug.errors import LoadError, RunError
 from quantplug.evidence import DENSE_DTYPES, DENSE_SUFFIX
 from quantplug.preparedmodule import PreparedModule, named_tensors
 from quantplug.schemes import quantize_dense
+from quantplug.seen import carries_tangent
 from quantplug.spec import LinearProblem
 
 if TYPE_CHECKING:
@@ -203,8 +204,10 @@ class QuantizedLinear(PreparedModule):
         # A decoding step calls this hundreds of times; every attribute looked up here shows in tokens per second.
         if x.shape[-1] != self._inputs_of(x.dtype, x.device):
             self._refuse(x)
-        if x.requires_grad and not self._differentiable and torch.is_grad_enabled():
-            return self._with_gradient(x)
+        if not self._differentiable:
+            self._refuse_tangent(x)
+            if x.requires_grad and torch.is_grad_enabled():
+                return self._with_gradient(x)
         if self._only is not None:
             kernel, part, bias = self._only
             return kernel.apply(x, part, bias)
@@ -212,6 +215,7 @@ class QuantizedLinear(PreparedModule):
         choose = dispatch.known_kernel if torch.compiler.is_compiling() else dispatch.kernel_for
         chosen = choose(self._choices, rows)
         if chosen is None:
+            self._refuse_tangent(x)
             results = [dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls]
         else:
             parts = self._held[chosen.layout_id]
@@ -220,12 +224,18 @@ class QuantizedLinear(PreparedModule):
 
     def _with_gradient(self, x: torch.Tensor) -> torch.Tensor:
         if not any(dequantizes(kernel) for _, kernel in self._choices):
-            names = " and ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
-            raise RunError(
-                "QP-RUN-GRAD", self.path, f"x wants a gradient, and {names} gives none",
-                fix="Run under torch.no_grad(), or pin a kernel that dequantizes, such as reference.",
-            )  # fmt: skip
+            fix = "Run under torch.no_grad(), or pin a kernel that dequantizes, such as reference."
+            raise self._no_derivative("wants a gradient", fix)
         return self._join([dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls])
+
+    def _refuse_tangent(self, x: torch.Tensor) -> None:
+        if carries_tangent(x):
+            fix = "Differentiate in reverse, or pin a kernel that is differentiable, such as reference."
+            raise self._no_derivative("carries a tangent", fix)
+
+    def _no_derivative(self, wish: str, fix: str) -> RunError:
+        names = " and ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))
+        return RunError("QP-RUN-GRAD", self.path, f"x {wish}, and {names} gives none", fix=fix)
 
     @staticmethod
     def _join(results: list[torch.Tensor]) -> torch.Tensor:
