@@ -101,6 +101,22 @@ def test_the_compiler_sees_one_operator():
         assert torch.equal(compiled(x), KERNEL.apply(x, made, None))
 
 
+def test_the_operator_is_called_where_somebody_sees_it_and_not_otherwise(monkeypatch):
+    """Torch's way to it takes as long on the host as a small product on the GPU."""
+    asked, x = problem(ROWS, (16, 32), "float8_e4m3fn/token/dynamic"), torch.randn(3, 96)
+    made, called = prepare(asked), []
+    wanted = KERNEL.apply(x, made, None)
+    operator = product.linear
+    monkeypatch.setattr(product, "linear", lambda *given: called.append(given) or operator(*given))
+    for given in (x, x.view(3, 1, 96)):
+        assert torch.equal(KERNEL.apply(given, made, None).view(3, 48), wanted)
+    assert not called
+    with torch.no_grad():
+        assert torch.equal(KERNEL.apply(x.clone().requires_grad_(), made, None), wanted)
+        assert torch.equal(KERNEL.apply(torch.nn.Parameter(x), made, None), wanted)
+    assert len(called) == 2
+
+
 def test_a_layer_that_may_not_quantize_x_is_not_run():
     made = replace(prepare(problem(WHOLE, (16,), "float8_e4m3fn/token/dynamic")), problem=problem(WHOLE, (16,), "none"))
     with pytest.raises(TypeError, match="does not permit to quantize x"):

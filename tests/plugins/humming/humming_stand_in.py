@@ -117,6 +117,40 @@ def product(config, x, x_scales, weight, scales, zeros, bias):
     return y[:, : config.shape_n - config.pad_shape_n]
 
 
+class HummingKernel:
+    """What humming compiles, known to its launcher by a number."""
+
+    made: list[tuple[str, str, str]] = []
+
+    @classmethod
+    def prepare_kernels(cls, layer_config, compute_config, tuning_config, device):
+        assert device == 0
+        cls.made.append((layer_config, compute_config or "{}", tuning_config))
+        return torch.tensor([0, 1 << 30, len(cls.made) - 1, 0], dtype=torch.int64)
+
+
+def launch_kernel(
+    configs, a, b, bs, bs2, as_, as2, bzp, bias, c, sorted_ids, expert_ids, num_tokens_padded, expert_layout, locks,
+    top_k, valid_shape_m, should_check_tensor=True,
+):  # fmt: skip
+    assert all(each is None for each in (bs2, as_, as2, c, sorted_ids, expert_ids, num_tokens_padded, expert_layout))
+    assert (top_k, valid_shape_m, should_check_tensor) == (1, 0, True)
+    layer_config, compute_config, tuning_config = HummingKernel.made[int(configs[2])]
+    settings = {"layer_config": layer_config, "compute_config": compute_config, "tuning_config": tuning_config}
+    return humming_gemm(
+        **settings, inputs=a, weight=b, weight_scale=bs, zero_point=bzp, bias=bias, locks=locks
+    ).contiguous()
+
+
+torch.library.define(
+    "humming::launch_kernel",
+    "(Tensor configs, Tensor a, Tensor b, Tensor bs, Tensor? bs2, Tensor? as_, Tensor? as2, Tensor? bzp, Tensor? bias, "
+    "Tensor? c, Tensor? sorted_ids, Tensor? expert_ids, Tensor? num_tokens_padded, Tensor? expert_layout, "
+    "Tensor? locks, SymInt top_k, SymInt valid_shape_m, bool should_check_tensor = True) -> Tensor",
+)
+torch.library.impl("humming::launch_kernel", "CPU", launch_kernel)
+
+
 def humming_gemm(
     *, layer_config, tuning_config, inputs, weight, weight_scale, zero_point, bias, locks, compute_config="{}",
     input_scale=None, sorted_ids=None, expert_ids=None, num_tokens_padded=None, top_k=1,
@@ -189,6 +223,8 @@ def modules() -> dict[str, ModuleType]:
         "humming.dtypes": {"DataType": type("DataType", (), {"from_str": staticmethod(str)}), "float8e8m0": "e8m0",
                            "float32": "float32"},
         "humming.config": {"LayerConfig": LayerConfig},
+        "humming.kernel": {},
+        "humming.kernel.humming": {"HummingKernel": HummingKernel},
         "humming.ops": {"pack_weight": pack_weight, "humming_gemm": humming_gemm},
         "humming.transform": {"transform_humming_tensors": transform_humming_tensors,
                               "transform_humming_bias": transform_humming_bias},
@@ -200,6 +236,7 @@ def modules() -> dict[str, ModuleType]:
         made[name] = ModuleType(name)
         vars(made[name]).update(content)
     for name, module in made.items():
-        if "." in name:
-            setattr(made["humming"], name.partition(".")[2], module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(made[parent], child, module)
     return made

@@ -12,7 +12,8 @@ import triton
 from quantplug_cublas.expertdevice import activate as activate_kernel
 from quantplug_cublas.expertdevice import combine as combine_kernel
 from quantplug_cublas.expertdevice import locate, quantize_choices, rank
-from quantplug_cublas.launch import INTERPRETED, LEAST, WIDEST, held
+from quantplug_cublas.launch import LEAST, WIDEST, as_codes, held
+from quantplug_cublas.launcher import INTERPRETED
 from quantplug_cublas.routed import Routed
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def quantize(
         TOP_K=top_k, ON_INPUT=weights is not None, STATIC=known is not None, TURNS=turns, TOP=_TOP, LEAST=LEAST,
         PIECES=triton.cdiv(width, block), BLOCK=block, num_warps=max(1, min(16, block // 256)),
     )  # fmt: skip
-    return codes.to(_FLOAT8), scales
+    return as_codes(codes, _FLOAT8), scales
 
 
 def activate(
@@ -106,7 +107,7 @@ def activate(
         NAME=function.name, LIMITED=function.limit is not None, TOP=_TOP, LEAST=LEAST,
         PIECES=triton.cdiv(width, block), BLOCK=block, num_warps=max(1, min(16, block // 256)),
     )  # fmt: skip
-    return codes.to(_FLOAT8), scales
+    return as_codes(codes, _FLOAT8), scales
 
 
 def combine(
@@ -133,4 +134,4 @@ def combine(
         TOP_K=routed.local.numel() // rows, BIAS=bias is not None, ON_INPUT=weights is None, BLOCK=block,
         num_warps=max(1, block // 256),
     )  # fmt: skip
-    return y.to(dtype)
+    return y.to(dtype) if INTERPRETED else y

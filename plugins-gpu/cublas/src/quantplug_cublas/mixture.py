@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from quantplug.moe import FunctionName
 
 try:
-    from quantplug_cublas import expertlaunch, launch
+    from quantplug_cublas import expertlaunch
+    from quantplug_cublas.launcher import INTERPRETED
 except ImportError:  # Triton comes with torch on Linux only
     _LAUNCHES = False
 else:
@@ -76,7 +77,7 @@ def _experts(
                 for go in goes
             ]
         )  # fmt: skip
-    ways = expertlaunch if _LAUNCHES and (x.is_cuda or launch.INTERPRETED) else expertplain
+    ways = expertlaunch if _LAUNCHES and (x.is_cuda or INTERPRETED) else expertplain
     function = ExpertFunction(name, gated, limit, alpha, up_offset)
     count, between = codes2.shape[0], fill(intermediate)
     weights = topk_weights.to(torch.float32).contiguous()
@@ -158,4 +159,4 @@ def _register() -> Callable[..., torch.Tensor]:
 
 
 experts = _register()
-"""A layer of experts as one operator of torch, see `expertprepare.py` for the tensors."""
+"""A layer of experts as one operator of torch, see `quantplug.expertrows` for the tensors."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug.seen import is_seen
 from quantplug_cublas import plain
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 try:
     from quantplug_cublas import launch
+    from quantplug_cublas.launcher import INTERPRETED
 except ImportError:  # Triton comes with torch on Linux only
     _LAUNCHES = False
 else:
@@ -37,38 +39,38 @@ def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None, *, 
     tensors, meta, activation = prepared.tensors, prepared.meta, prepared.problem.activation
     if activation is None:
         raise TypeError("prepared for a problem whose file does not permit to quantize x")
-    flat = x.reshape(-1, x.shape[-1])
-    results, first = [], 0
-    for number in range(meta["parts"]):
-        rows = meta[f"rows.{number}"]
-        results.append(
-            linear(
-                flat,
-                tensors[f"codes.{number}"],
-                tensors[f"scales.{number}"],
-                tensors.get(f"x_scale.{number}"),
-                tensors.get("one"),
-                None if bias is None else bias[first : first + rows],
-                rows,
-                activation.granularity,
-                activation.element.value,
-                fast,
-            )
-        )
-        first += rows
-    y = results[0] if len(results) == 1 else torch.cat(results, dim=1)
-    return y.view(*x.shape[:-1], prepared.problem.out_features)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    product = linear if is_seen(flat, bias) else linear_now
+    how = activation.granularity, activation.element.value, fast
+    one = tensors.get("one")
+    if meta["parts"] == 1:
+        weight = tensors["codes.0"], tensors["scales.0"], tensors.get("x_scale.0"), one
+        y = product(flat, *weight, bias, meta["rows.0"], *how)
+    else:
+        results, first = [], 0
+        for number in range(meta["parts"]):
+            rows = meta[f"rows.{number}"]
+            part = None if bias is None else bias[first : first + rows]
+            weight = tensors[f"codes.{number}"], tensors[f"scales.{number}"], tensors.get(f"x_scale.{number}"), one
+            results.append(product(flat, *weight, part, rows, *how))
+            first += rows
+        y = torch.cat(results, dim=1)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], prepared.problem.out_features)
 
 
-def _linear(
+def linear_now(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, x_scale: torch.Tensor | None,
     one: torch.Tensor | None, bias: torch.Tensor | None, outputs: int, shared: str, element: str,
     fast: bool,
 ) -> torch.Tensor:  # fmt: skip
-    rows = x.shape[0]
+    """Do what the operator `linear` does."""
+    rows, device = x.shape[0], x.get_device()
     if rows == 0:
         return x.new_empty(0, outputs)
-    ways = launch if _LAUNCHES and (x.is_cuda or launch.INTERPRETED) else plain
+    if device >= 0 and torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return linear_now(x, codes, scales, x_scale, one, bias, outputs, shared, element, fast)
+    ways = launch if _LAUNCHES and (device >= 0 or INTERPRETED) else plain
     dtype, (filled, width) = getattr(torch, element), codes.shape
     if shared == "group":
         x_codes, x_scales = ways.by_groups(x, -(-rows // _ROWS) * _ROWS, width, dtype)
@@ -90,7 +92,8 @@ def _linear(
     y = torch._scaled_mm(
         x_codes, codes.t(), x_scales, scales, bias=within, out_dtype=x.dtype, use_fast_accum=fast
     )  # fmt: skip
-    y = y[:rows, :outputs].contiguous()
+    if y.shape != (rows, outputs):
+        y = y[:rows, :outputs].contiguous()
     return y.add_(bias) if bias is not None and exact else y
 
 
@@ -112,7 +115,7 @@ def _register() -> Callable[..., torch.Tensor]:
         "str element, bool fast) -> Tensor",
     )
     # torch has the product on the CPU, too, which is what the tests there use.
-    torch.library.impl("quantplug_cublas::linear", ("CUDA", "CPU"), _linear)
+    torch.library.impl("quantplug_cublas::linear", ("CUDA", "CPU"), linear_now)
     torch.library.register_fake("quantplug_cublas::linear", _fake)
     operator: Callable[..., torch.Tensor] = torch.ops.quantplug_cublas.linear.default
     return operator
