@@ -7,6 +7,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import nan
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ class Point:
         us: microseconds of a call, by contender: the median of its rounds.
         rounds: the same, round by round.
         host_us: microseconds that the host takes to enqueue a call, by contender; where that is measured.
+        refused: what went wrong while a contender was measured here, by its name.
         chosen: the kernel that a plan takes, by the way it comes to it (`choice.WAYS`); "" when it takes none. Follows
             from the others, and so is no part of the JSON.
     """
@@ -57,6 +59,7 @@ class Point:
     us: dict[str, float] = field(default_factory=dict)
     rounds: dict[str, list[float]] = field(default_factory=dict)
     host_us: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,8 +115,8 @@ def _rounds(works: dict[Contender, Work], point: Point, layers: _Layers) -> dict
     samplers: dict[Work, Sampler] = {}
     for contender, work in works.items():
         with _without_who_breaks(contender, point):
-            samplers[work] = _sampler(contender, inputs, layers)
-    return dict(zip(samplers, in_turns(list(samplers.values()), seconds=_SECONDS, fewest=_ROUNDS), strict=True))
+            samplers[work] = _guarded(_sampler(contender, inputs, layers), contender, point)
+    return _samples(samplers, works, point, fewest=_ROUNDS)
 
 
 def _sampler(contender: Contender, inputs: list[Any], layers: _Layers) -> Sampler:
@@ -137,15 +140,42 @@ def _enqueued(works: dict[Contender, Work], point: Point, layers: _Layers) -> di
             with _without_who_breaks(contender, point):
                 call = contender.bound(contender.ready(given, layers.case), layers.of(contender)[0], layers.case)
                 call()
-                samplers[work] = partial(series_us, call)
-    series = in_turns(list(samplers.values()), seconds=_SECONDS, fewest=SERIES)
-    return {work: min(us) for work, us in zip(samplers, series, strict=True)}
+                samplers[work] = _guarded(partial(series_us, call), contender, point)
+    return {work: min(us) for work, us in _samples(samplers, works, point, fewest=SERIES).items()}
+
+
+def _guarded(sample: Sampler, contender: Contender, point: Point) -> Sampler:
+    """Return a sampler that gives NaN from when a contender breaks on, which then is not called again."""
+
+    def guarded() -> float:
+        if contender.name not in point.refused:
+            with _without_who_breaks(contender, point):
+                return sample()
+        return nan
+
+    return guarded
+
+
+def _samples(
+    samplers: dict[Work, Sampler], works: dict[Contender, Work], point: Point, *, fewest: int
+) -> dict[Work, list[float]]:
+    """Return what samplers that take turns give, without those of who broke meanwhile."""
+    found = dict(zip(samplers, in_turns(list(samplers.values()), seconds=_SECONDS, fewest=fewest), strict=True))
+    broken = {work for contender, work in works.items() if contender.name in point.refused}
+    return {work: us for work, us in found.items() if work not in broken}
 
 
 @contextmanager
 def _without_who_breaks(contender: Contender, point: Point) -> Iterator[None]:
-    """Say who breaks, and why, and go on with the others."""
+    """Keep who breaks, and why, and go on with the others."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  # who breaks must not take the others with it
-        print(f"not measured: {contender.name} for {point.format}, {point.layer}, M = {point.rows}: {error}")
+        point.refused[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        print(f"not measured: {broken_at(point)[-1]}")
+
+
+def broken_at(point: Point) -> list[str]:
+    """Return a line for each contender that broke while it was measured."""
+    where = f"{point.format}, {point.layer}, M = {point.rows}"
+    return [f"{name}: {reason} ({where})" for name, reason in point.refused.items()]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu.choice import WAYS, choose
-from benchmarks.gpu.measuring import Point
+from benchmarks.gpu.measuring import Point, broken_at
 from benchmarks.gpu.table import LIMIT, Names, above, compact, everyone, host, legend, repeats, summary
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Report:
         platform: the same as plans spell it ("cuda:9.0").
         names: who took part, by kind of layer.
         points: figures.
-        refusals: who did not run what, and why.
+        refusals: who did not run what, and why; who broke while it was measured is said by points.
     """
 
     machine: str
@@ -79,8 +79,9 @@ def markdown(report: Report, *, whole: bool) -> list[str]:
             lines += ["", "Everyone, microseconds:", "", *everyone(points)] if whole else []
         if any(point.host_us for point in points):
             lines += ["", "### Host cost per call", "", *_host(points, report.names[kind])]
-    if report.refusals:
-        lines += ["", "Not run:", "", *(f"- {line}" for line in report.refusals)]
+    refusals = [*report.refusals, *(line for point in report.points for line in broken_at(point))]
+    if refusals:
+        lines += ["", "Not run:", "", *(f"- {line}" for line in refusals)]
     return lines
 
 

@@ -113,7 +113,53 @@ def test_what_breaks_while_it_is_measured_is_said(on_cpu, capsys):
     contender.error = "cannot be captured"
     [point] = measuring.measure([checked], [case], {"linear": (1,)}, LIMITS)
     assert point.us == {}
-    assert "not measured: toy for int4 g128, 128 x 256, M = 1: cannot be captured" in capsys.readouterr().out
+    assert measuring.broken_at(point) == ["toy: RuntimeError: cannot be captured (int4 g128, 128 x 256, M = 1)"]
+    assert f"not measured: {measuring.broken_at(point)[0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["sampler", "series_us"])
+def test_who_breaks_in_its_turn_is_left_out_there_and_takes_nobody_along(on_cpu, where, capsys):
+    """After some samples, and only for 80 rows: the others' figures and its own elsewhere stay."""
+    taken = []
+
+    class Named(Reference):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def call(self, given, held, case):
+            y = super().call(given, held, case)
+            y.asked = self.name
+            return y
+
+    def sample(y):
+        taken.append(y.asked)
+        if (y.asked, len(y)) == ("weak", 80) and taken.count("weak") % 2 == 0:
+            raise RuntimeError("an illegal memory access\nwas encountered")
+        return float(len(y))
+
+    def sampled(call, turns, device):
+        y = call(turns[0])
+        return lambda: sample(y)
+
+    on_cpu.setattr(measuring, "make", lambda name, kind: Named(name))
+    on_cpu.setattr(hostcost, "HOST_SHAPE", (128, 256))
+    on_cpu.setattr(hostcost, "HOST_ROWS", (1, 80))
+    on_cpu.setattr(measuring, where, sampled if where == "sampler" else lambda call: sample(call()))
+    if where == "sampler":
+        on_cpu.setattr(measuring, "series_us", lambda call: 3.0)
+    case = LinearCase("int4 g128", 128, 256)
+    checked = [Checked(name, case, errors={1: 0.0, 80: 0.0}) for name in ("weak", "strong")]
+    few, many = measuring.measure(checked, [case], {"linear": (1, 80)}, LIMITS)
+    assert few.us == {"weak": 1.0, "strong": 1.0}
+    assert few.refused == {}
+    assert many.us["strong"] == 80.0
+    assert list(few.host_us) == ["weak", "strong"]
+    assert list(many.host_us) == ["strong"]
+    assert ("weak" in many.us) == (where == "series_us")
+    assert many.refused == {"weak": "RuntimeError: an illegal memory access"}
+    assert many.to_json()["refused"] == many.refused
+    assert not any(us != us for point in (few, many) for us in (*point.us.values(), *point.host_us.values()))
 
 
 def test_contenders_of_a_point_take_turns_and_each_work_is_measured_once(on_cpu):

@@ -110,6 +110,7 @@ def test_a_report_reads_what_it_wrote(tmp_path, kinds):
     if "experts" in kinds:
         points.append(Point("experts", "int4 g128", "Mixtral 8x7B", 1, 57.0, {"marlin.moe": 80.0}))
     points[0].rounds, points[0].host_us = {"marlin.wna16": [4.9, 5.0, 5.1]}, {"marlin.wna16": 14.0}
+    points[0].refused = {"triton.wna16": "RuntimeError: out of memory"}
     names = {"linear": NAMES, "experts": Names(("marlin.moe",), (), ())}
     report = Report(
         "One GPU.", "cuda:9.0", {kind: names[kind] for kind in kinds}, points, ["humming, fp8: not installed"]
@@ -120,7 +121,10 @@ def test_a_report_reads_what_it_wrote(tmp_path, kinds):
     assert lines[0].startswith("One GPU. Each figure is a median of rounds, whose lowest and highest are 4.0 % of it")
     assert "Microseconds of the host until a call is enqueued, without a graph: 4096 x 4096, M = 1." in lines
     assert ("### Experts" in lines) == ("experts" in kinds)
-    assert lines[-1] == "- humming, fp8: not installed"
+    assert lines[-2:] == [
+        "- humming, fp8: not installed",
+        "- triton.wna16: RuntimeError: out of memory (int4 g128, 4096 x 4096, M = 1)",
+    ]
 
 
 def test_a_plan_is_asked_in_each_way():
@@ -132,7 +136,8 @@ def test_a_plan_is_asked_in_each_way():
     assert points[0].chosen["estimated, two layouts"].startswith("marlin.")
     assert {point.chosen["tuned"] for point in points} == {"cublas.w8a8"}
     assert {point.chosen[WAYS[-1]] for point in points} == {"cublas.w8a8.fast"}
-    assert points[0].to_json().keys() == {"kind", "format", "layer", "rows", "roof_us", "us", "rounds", "host_us"}
+    kept = {"kind", "format", "layer", "rows", "roof_us", "us", "rounds", "host_us", "refused"}
+    assert points[0].to_json().keys() == kept
 
 
 def test_tables_take_the_place_of_those_between_the_marks():
