@@ -160,6 +160,22 @@ def test_the_best_pair_need_not_have_the_best_alone(directory):
     assert layouts(planned(directory, 10**9, *kernels), DOWN) == ("a", "c")
 
 
+class LessSlow(Few):
+    """As fast for few rows, and less slow for many, which are Many's in either pair."""
+
+    name = "e.few"
+    layout_id = "e"
+
+    def supports(self, problem, platform):
+        return Accepted(Cost(5.0, 2.0, many=Cost(40.0, 0.6)), extra_bytes=WIDER, dequantize_us=toys.SLOW_US)
+
+
+def test_of_pairs_that_gain_and_hold_the_same_the_one_with_the_better_layouts_is_taken(directory):
+    made = planned(directory, 10**9, Few, Many, LessSlow)
+    decision = made.decision_of(made.layer(DOWN))
+    assert decision.choices == (Choice("e.few", "e", 0, 15), Choice("b.many", "b", 16, None))
+
+
 def test_two_layouts_that_lose_more_than_they_gain_are_not_offered():
     """At 6 rows `a` gains, which no bucket shows; with `c` it would serve 100 rows, too, in four times the time."""
 

@@ -56,7 +56,8 @@ def second_layout(
     kernel.
 
     What is best alone, being a compromise, need not be one of the two. Kernels of both must want a fused layer whole,
-    or both in parts.
+    or both in parts. Of pairs that gain the same, the one of fewer bytes is taken, then that whose layouts come first
+    among the decision's candidates.
 
     Args:
         problem: what a layer asks.
@@ -78,7 +79,7 @@ def second_layout(
         return None
     whole = not isinstance(problem, LinearProblem) or problem.uniform
     layouts: dict[str, list[Candidate]] = {}
-    for name, candidate in sorted(asked.items()):
+    for name, candidate in asked.items():
         kernel = kernels[name].item
         alike = whole or kernel.traits.uniform_segments == first.traits.uniform_segments
         if alike and may_join(kernel, first, platform):
