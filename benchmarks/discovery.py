@@ -104,7 +104,10 @@ def measure(plugins: int, runs: int) -> dict[str, dict[str, float]]:
     command = str(script) if script.exists() else shutil.which("quantplug")
     with tempfile.TemporaryDirectory() as place:
         install(Path(place), plugins)
-        crowded = {**os.environ, "PYTHONPATH": place}
+        # pip compiles what it installs. A checkout's byte code is kept here, also where nobody else may write any.
+        usual = {**os.environ, "PYTHONPYCACHEPREFIX": str(Path(place, "byte code"))}
+        usual.pop("PYTHONDONTWRITEBYTECODE", None)
+        crowded = {**usual, "PYTHONPATH": place}
         discover = DISCOVER.format(path=[place], count=plugins)
         for run in range(runs + 1):
             figures = {
@@ -116,7 +119,7 @@ def measure(plugins: int, runs: int) -> dict[str, dict[str, float]]:
             figures["import quantplug.plugins"] = parts[2], parts[3]
             figures[f"discover {plugins} plugins"] = parts[4], parts[5]
             if command is not None:
-                figures["quantplug plugins"] = process([command, "plugins"], dict(os.environ))[0]
+                figures["quantplug plugins"] = process([command, "plugins"], usual)[0]
                 figures[f"quantplug plugins, {plugins} more"] = process([command, "plugins"], crowded)[0]
             if run:  # the first one writes byte code
                 for name, times in figures.items():
