@@ -23,7 +23,6 @@ from quantplug_testkit.conformance.experts import MoEKernelConformance
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from quantplug_marlin.cut import GroupCut
 
 ROWS, EXPERT_ROWS = (1, 17, 64, 200), (1, 17, 70)
 """Those of the conformance tests, whose kernels a run of them has compiled."""
@@ -32,6 +31,7 @@ KINDS = ("mixed", "one-expert", "nowhere")
 CUT = {
     "marlin.wna16": ("test_marlin_layers", ("int4", "mxfp8")),
     "marlin.w8.rows": ("test_marlin_rows", ("row", "block")),
+    "marlin.moe.w8a8": ("test_marlin_float8_experts", ("bfloat16",)),
 }
 """Kernels that are cut in many ways: the module whose tests try them, and the layers that they are tried on."""
 
@@ -77,7 +77,7 @@ def launch_experts(tests: MoEKernelConformance) -> int:
     return len(layers)
 
 
-def inputs_of(cut: Cut | GroupCut, tool: str, usual: int) -> int:
+def inputs_of(cut: object, tool: str, usual: int) -> int:
     """Return for how many inputs a tool is given a way to cut a product: those that leave a remainder, see `EVEN`."""
     groups = isinstance(cut, Cut) and cut.warps_n > 1 and cut.warps_k > 1
     return EVEN if tool == "racecheck" and groups else usual
@@ -106,14 +106,14 @@ def main(name: str, tool: str) -> int:
     if name in found.kernels:
         tests = type("Tests", (LinearKernelConformance,), {"kernel": found.kernel(name).item, **settings})()
         count = launch_linear(tests)
-        if name in CUT:
-            module, layers = CUT[name]
-            # As pytest imports tests: with the helper modules beside them.
-            sys.path.append(str(Path(__file__).parent))
-            count += launch_cuts(import_module(module), layers, tool)
     else:
         tests = type("Tests", (MoEKernelConformance,), {"kernel": found.moe_kernel(name).item, **settings})()
         count = launch_experts(tests)
+    if name in CUT:
+        module, layers = CUT[name]
+        # As pytest imports tests: with the helper modules beside them.
+        sys.path.append(str(Path(__file__).parent))
+        count += launch_cuts(import_module(module), layers, tool)
     torch.cuda.synchronize()
     print(f"{name}: {count} layers")
     return 0

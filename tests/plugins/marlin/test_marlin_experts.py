@@ -18,7 +18,8 @@ from quantplug_marlin.device import Target
 from quantplug_marlin.experts import MarlinExperts
 from quantplug_marlin.form import decode
 from quantplug_marlin.kernel import MarlinKernel
-from quantplug_marlin.mixture import most_blocks, rows_per_block
+from quantplug_marlin.mixture import rows_per_block
+from quantplug_marlin.routing import most_blocks
 from quantplug_testkit.canonical import weight_tensors
 from quantplug_testkit.compare import assert_bitwise_equal
 from quantplug_testkit.conformance.case import Subject

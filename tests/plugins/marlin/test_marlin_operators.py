@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from quantplug_marlin import launch, mixture, rowcalls, side
+from quantplug_marlin import float8mixture, launch, mixture, routing, rowcalls, side
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -28,6 +28,10 @@ def test_the_operators_know_shapes_and_dtypes_without_a_gpu():
     stacked = meta(4, 20, 8, 512, dtype=torch.uint8)
     none = (None, None, None, None)
     y = mixture.experts(meta(3, 512), weights, ids, None, stacked, *none, stacked, *none, [4] * 8, [0.0] * 3)
+    assert (y.shape, y.dtype) == ((3, 512), torch.bfloat16)
+    codes, scales = meta(4, 512, 512, dtype=torch.float8_e4m3fn), meta(4, 512, dtype=torch.float32)
+    held = (codes, scales, None, codes, scales, None)
+    y = float8mixture.float8_experts(meta(3, 512), weights, ids, None, *held, [512, 0, 0, 0, 0], [0.0] * 3)
     assert (y.shape, y.dtype) == ((3, 512), torch.bfloat16)
 
 
@@ -53,14 +57,17 @@ def fields_of(file: str, sections: tuple[str, ...]) -> str:
         ("gather.cu", launch._GATHER, ()),
         ("shares.cu", launch._SHARES, ()),
         ("dense.cu", launch._DENSE, ()),
-        ("route.cu", mixture._ROUTE, ()),
+        ("route.cu", routing._ROUTE, ()),
         ("rows.cu", mixture._ROWS, ()),
-        ("combine.cu", mixture._COMBINE, ()),
+        ("combine.cu", routing._COMBINE, ()),
+        ("quantize.cu", float8mixture._QUANTIZE, ()),
+        ("between.cu", float8mixture._BETWEEN, ()),
+        ("float8.cu", float8mixture._MULTIPLY, ()),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_arguments_are_packed_as_the_source_declares_them(file, packed, sections):
     spelled = re.sub(r"(\d+)(\w)", lambda m: m[2] * int(m[1]), packed.format)
     assert spelled.rstrip("x") == fields_of(file, sections)
-    alignment = 64 if file == "warpgroup.cu" else 8
+    alignment = 64 if file in {"warpgroup.cu", "float8.cu"} else 8
     assert packed.size % alignment == 0

@@ -14,7 +14,8 @@ from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch
 from quantplug_marlin.expertfit import FUNCTIONS
 from quantplug_marlin.form import decode
-from quantplug_marlin.launch import at, gather, is_readable, name_of, register, stream_of
+from quantplug_marlin.launch import gather, is_readable, name_of, register, stream_of
+from quantplug_marlin.routing import add_up, kernels, route
 from quantplug_marlin.seen import refuse_tangents
 from quantplug_marlin.side import Held, Places, Side
 
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from quantplug.expertweights import PreparedExperts
     from quantplug_marlin.device import Target
 
-_ROUTE = Struct("6P6i")
 _ROWS = Struct("4Pq3i4x")
-_COMBINE = Struct("4P3i4x")
-_THREADS, _ROUTE_THREADS = 256, 1024
+_THREADS = 256
 _MOST_GRID_Y = 65535
 _FEW, _MANY = (8, 16, 32, 64), (8, 16, 32, 48, 64, 96, 128)
 """Rows of one expert that are multiplied together: without and with wgmma, which takes from 32 on."""
@@ -44,11 +43,6 @@ def rows_per_block(choices: int, experts: int, target: Target) -> int:
         average += 2 * isqrt(average)
         return next((rows for rows in _MANY if average <= rows), _MANY[-1])
     return next((rows for rows in _FEW if average <= rows), _FEW[-1])
-
-
-def most_blocks(choices: int, experts: int, rows: int) -> int:
-    """Return how many blocks of so many rows choices can take at most, however they fall."""
-    return min(choices, choices // rows + min(experts, choices))
 
 
 def _sides(prepared: PreparedExperts) -> tuple[Side, Side]:
@@ -78,9 +72,8 @@ def build(prepared: PreparedExperts) -> None:
             for blocks in (1, 16, 1 << 20):
                 cut = side.cut(rows, blocks, target)
                 wanted[cut.file, tuple(side.definitions(cut).items())] = ("multiply", cut.shared_bytes(side.form))
-        wanted["combine.cu", tuple(side.form.definitions().items())] = ("combine", 0)
-    wanted["route.cu", ()] = ("route", 0)
-    wanted["rows.cu", tuple(_sides(prepared)[0].form.definitions().items())] = ("order_rows", 0)
+    wanted.update(kernels(half=prepared.problem.dtype == "float16"))
+    wanted["rows.cu", ()] = ("order_rows", 0)
     wanted["gather.cu", ()] = ("gather", 0)
     build_all(wanted, device)
 
@@ -130,31 +123,14 @@ def _experts(
     half, stream, target, top_k = x.dtype == torch.float16, stream_of(device), target_of(device), topk_ids.shape[1]
     if not is_readable(x):
         x = gather(x, None, codes13.shape[2] * 64, stream)
-    ids, weights = topk_ids.contiguous(), topk_weights.to(torch.float32).contiguous()
-    if ids.dtype not in {torch.int32, torch.int64}:
-        ids = ids.to(torch.int64)
-    local_numbers = None if expert_map is None else expert_map.to(torch.int32).contiguous()
-
+    weights = topk_weights.to(torch.float32).contiguous()
     choices = rows * top_k
     size = rows_per_block(choices, count, target)
-    blocks = most_blocks(choices, count, size)
-    numbered = topk_ids.new_empty(blocks * size + blocks + choices + 1, dtype=torch.int32)
-    order = numbered.data_ptr()
-    owners = order + 4 * blocks * size
-    local = owners + 4 * blocks
-    used = local + 4 * choices
-    places = Places(order, owners, used, blocks, size)
-    route = Launch(function("route.cu", "route", {}, 0, device), (1, 1, 1), _ROUTE_THREADS, 0, stream, overlap=False)
-    global_count = 0 if local_numbers is None else local_numbers.shape[0]
-    route(
-        _ROUTE.pack(
-            ids.data_ptr(), at(local_numbers), order, owners, local, used, choices, count, global_count, size, blocks,
-            int(ids.dtype == torch.int64),
-        )
-    )  # fmt: skip
+    routed = route(topk_ids, expert_map, count, size, stream)
+    places = routed.places
 
     width = -(-between // 8) * 8
-    h, outputs = x.new_empty((blocks * size, width)), x.new_empty((choices, hidden))
+    h, outputs = x.new_empty((places.blocks * size, width)), x.new_empty((choices, hidden))
     first = Side(
         decode(form13, half=half, scale=name_of(scales13)), 1, codes13.shape[1], codes13.shape[2], bool(gated), kind,
         bool(limited),
@@ -165,25 +141,18 @@ def _experts(
     held13 = Held(codes13, scales13, zeros13, factor13, bias13)
     held2 = Held(codes2, scales2, zeros2, factor2, bias2)
     if target.warpgroups and size >= _WARPGROUPS_FROM:
-        x = _in_order(x, places, top_k, first, stream)
+        x = _in_order(x, places, top_k, stream)
     first.launch(x, held13, h, between, places, top_k, weights.data_ptr() if on_input else 0, numbers, target, stream)
     second.launch(h, held2, outputs, hidden, places, top_k, 0, numbers, target, stream)
-    found = function("combine.cu", "combine", second.form.definitions(), 0, device)
-    grid = (-(-hidden // _THREADS), min(rows, _MOST_GRID_Y), 1)
-    launch = Launch(found, grid, _THREADS, 0, stream, overlap=target.clusters)
-    launch(
-        _COMBINE.pack(
-            outputs.data_ptr(), 0 if on_input else weights.data_ptr(), local, y.data_ptr(), rows, hidden, top_k
-        )
-    )
+    add_up(outputs, None if on_input else weights, routed, y, stream)
     return y
 
 
-def _in_order(x: torch.Tensor, places: Places, top_k: int, side: Side, stream: int) -> torch.Tensor:
+def _in_order(x: torch.Tensor, places: Places, top_k: int, stream: int) -> torch.Tensor:
     """Return rows of x at their places; places of blocks that are not used stay undefined."""
     count, inputs = places.blocks * places.rows, x.shape[1]
     y = x.new_empty((count, inputs))
-    found = function("rows.cu", "order_rows", side.form.definitions(), 0, x.get_device())
+    found = function("rows.cu", "order_rows", {}, 0, x.get_device())
     grid = (-(-inputs // (8 * _THREADS)), min(count, _MOST_GRID_Y), 1)
     launch = Launch(found, grid, _THREADS, 0, stream, overlap=True)
     strides = x.stride(0) * 2, inputs * 2

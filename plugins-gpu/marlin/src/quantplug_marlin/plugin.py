@@ -14,9 +14,10 @@ quantplug_api = ">=1,<2"
 
 @hookimpl
 def quantplug_kernels() -> list[Kernel]:
-    """Return the kernels for linear layers, also in the layout of products in FP8, and for experts."""
+    """Return the kernels for linear layers, also in the layout of products in FP8, and for experts, also in FP8."""
     from quantplug_marlin.experts import MarlinExperts
+    from quantplug_marlin.float8experts import MarlinFloat8Experts
     from quantplug_marlin.kernel import MarlinKernel
     from quantplug_marlin.rowkernel import MarlinRowsKernel
 
-    return [MarlinKernel(), MarlinRowsKernel(), MarlinExperts()]
+    return [MarlinKernel(), MarlinRowsKernel(), MarlinExperts(), MarlinFloat8Experts()]

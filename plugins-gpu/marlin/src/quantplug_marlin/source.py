@@ -20,6 +20,8 @@ def source_of(file: str, definitions: Mapping[str, int]) -> str:
     lines = [f"#define {name} {value}" for name, value in definitions.items()]
     if file == "warpgroup.cu":
         lines.append(_warpgroup_step(definitions["TOKENS"], half=bool(definitions["HALF"])))
+    if file == "float8.cu":
+        lines.append(_float8_step(definitions["WIDE"] // definitions["PARTS"]))
     return "\n".join([*lines, _whole(file)])
 
 
@@ -48,4 +50,20 @@ __device__ __forceinline__ void multiply_step(float (&d)[{count}], const unsigne
                  "{instruction} {{{registers}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;\\n}}"
                  : {operands}
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(add));
+}}"""
+
+
+def _float8_step(columns: int) -> str:
+    """Return the same for 32 inputs out of float8_e4m3fn in shared memory: 64 rows of x times `columns` outputs."""
+    count = columns // 2
+    registers = ", ".join(f"%{number}" for number in range(count))
+    operands = ", ".join(f'"+f"(d[{number}])' for number in range(count))
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3"
+    return f"""
+__device__ __forceinline__ void multiply_step(float (&d)[{count}], unsigned long long x, unsigned long long codes,
+                                              int add) {{
+    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+                 "{instruction} {{{registers}}}, %{count}, %{count + 1}, p, 1, 1;\\n}}"
+                 : {operands}
+                 : "l"(x), "l"(codes), "r"(add));
 }}"""

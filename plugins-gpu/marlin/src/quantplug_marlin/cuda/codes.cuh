@@ -8,21 +8,16 @@
 // A unit is 16 outputs x 64 inputs, four steps of 16 inputs each. Of a step, lane 4 g + q holds what mma.m16n8k16 takes as
 // its first operand: a[0] = output g, inputs 2q and 2q + 1; a[1] the same of output g + 8; a[2] and a[3] the inputs eight on.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "words.cuh"
 
 #define UNIT_BYTES (128 * BITS)
 #define STEP_WORDS (BITS / 4)
 
 #if HALF
-#define PAIR "f16x2"
 #define ONE 0x3C003C00u
 #define MINUS_ONE 0xBC00BC00u
 #define LIFT 0x64006400u /* 1024: a code in the low bits is added to it */
 #else
-#define PAIR "bf16x2"
 #define ONE 0x3F803F80u
 #define MINUS_ONE 0xBF80BF80u
 #define LIFT 0x43004300u /* 128 */
@@ -109,24 +104,4 @@ __device__ __forceinline__ void decode(const u32* words, u32 upper, u32 lower, u
 #endif
 #endif
     }
-}
-
-__device__ __forceinline__ float to_float(u16 bits, bool half) {
-    float value;
-    if (half) {
-        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    } else {
-        value = __uint_as_float((u32)bits << 16);
-    }
-    return value;
-}
-
-__device__ __forceinline__ u16 from_float(float value, bool half) {
-    u16 bits;
-    if (half) {
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    } else {
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    }
-    return bits;
 }

@@ -1,6 +1,6 @@
 // Rows of x in the order of experts that route.cu makes, zeros at empty places, for what reads them through a tensor map.
 
-#include "codes.cuh"
+#include "words.cuh"
 #include "memory.cuh"
 
 struct Args {
