@@ -63,6 +63,7 @@ class DenseProduct(LinearKernel):
             graph_safe=kernel.traits.dequantize_graph_safe,
             deterministic=kernel.traits.deterministic,
             differentiable=True,
+            tangents=True,
         )
 
     def __eq__(self, other: object) -> bool:

@@ -122,10 +122,11 @@ class Traits:
         graph_safe: may be captured in a device graph.
         dequantize_graph_safe: `dequantize` may be captured, too: it waits for nothing and copies nothing from the host.
         deterministic: the same inputs give the same bits.
-        differentiable: `apply` passes gradients on to x, and tangents of forward-mode differentiation from x, as
-            torch's own operators do, which refuse where they have no rule. Where it does not, a linear layer
-            multiplies gradients by what `dequantize` of one of its kernels gives; experts, and layers without, refuse.
-            Tangents are refused then in any case.
+        differentiable: `apply` passes gradients on to x, as torch's own operators do. Where it does not, a linear layer
+            multiplies them by what `dequantize` of one of its kernels gives; experts, and layers without, refuse.
+        tangents: `apply` passes tangents of forward-mode differentiation on from x, as torch's own operators do, which
+            refuse where they have no rule. Where it does not, layers refuse: operators of a library have no rule, and
+            run as if there were no tangents.
         fallback: last resort; chosen only when nothing else fits, and then with a warning.
         by_request: chosen only where a policy allows it, or prefers or pins it by its name: it gives up what a caller
             has to agree to, such as the precision of long sums.
@@ -136,6 +137,7 @@ class Traits:
     dequantize_graph_safe: bool = False
     deterministic: bool = True
     differentiable: bool = False
+    tangents: bool = False
     fallback: bool = False
     by_request: bool = False
 

@@ -60,6 +60,7 @@ class QuantizedLinear(PreparedModule):
         for _, kernel in self._choices:
             self._kernels.setdefault(kernel.layout_id, kernel)
         self._differentiable = all(kernel.traits.differentiable for _, kernel in self._choices)
+        self._tangents = all(kernel.traits.tangents for _, kernel in self._choices)
         self._held: dict[str, tuple[Prepared, ...]] = {}
         """The weights in each layout, part by part."""
         self._part_biases: tuple[torch.Tensor | None, ...] = ()
@@ -204,10 +205,10 @@ class QuantizedLinear(PreparedModule):
         # A decoding step calls this hundreds of times; every attribute looked up here shows in tokens per second.
         if x.shape[-1] != self._inputs_of(x.dtype, x.device):
             self._refuse(x)
-        if not self._differentiable:
-            self._refuse_tangent(x)
-            if x.requires_grad and torch.is_grad_enabled():
-                return self._with_gradient(x)
+        if not self._tangents and carries_tangent(x):
+            raise self._no_tangent()
+        if x.requires_grad and not self._differentiable and torch.is_grad_enabled():
+            return self._with_gradient(x)
         if self._only is not None:
             kernel, part, bias = self._only
             return kernel.apply(x, part, bias)
@@ -215,7 +216,8 @@ class QuantizedLinear(PreparedModule):
         choose = dispatch.known_kernel if torch.compiler.is_compiling() else dispatch.kernel_for
         chosen = choose(self._choices, rows)
         if chosen is None:
-            self._refuse_tangent(x)
+            if carries_tangent(x):
+                raise self._no_tangent()
             results = [dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls]
         else:
             parts = self._held[chosen.layout_id]
@@ -228,10 +230,9 @@ class QuantizedLinear(PreparedModule):
             raise self._no_derivative("wants a gradient", fix)
         return self._join([dispatch.run(x, bias, tensors, call) for bias, tensors, call in self._calls])
 
-    def _refuse_tangent(self, x: torch.Tensor) -> None:
-        if carries_tangent(x):
-            fix = "Differentiate in reverse, or pin a kernel that is differentiable, such as reference."
-            raise self._no_derivative("carries a tangent", fix)
+    def _no_tangent(self) -> RunError:
+        fix = "Differentiate in reverse, or pin a kernel that passes tangents on, such as reference."
+        return self._no_derivative("carries a tangent", fix)
 
     def _no_derivative(self, wish: str, fix: str) -> RunError:
         names = " and ".join(dict.fromkeys(kernel.name for _, kernel in self._choices))

@@ -49,6 +49,7 @@ class LoopKernel(MoEKernel):
             graph_safe=False,
             deterministic=linear.traits.deterministic,
             differentiable=linear.traits.differentiable,
+            tangents=linear.traits.tangents,
             fallback=linear.traits.fallback,
             by_request=linear.traits.by_request,
         )

@@ -233,8 +233,7 @@ class QuantizedExperts(PreparedModule):
         self._check(x, topk_weights, topk_ids)
         rows, chosen = x.reshape(-1, self.problem.hidden), topk_ids.reshape(-1, self.problem.top_k)
         kernel = kernel_for(self._choices, len(rows))
-        if not kernel.traits.differentiable:
-            self._refuse_derivatives(kernel.name, x, topk_weights)
+        self._refuse_derivatives(kernel, x, topk_weights)
         prepared = self._held[kernel.layout_id]
         weights = topk_weights.reshape(-1, self.problem.top_k).to(torch.float32)
         if not kernel.traits.graph_safe and torch.compiler.is_compiling():
@@ -243,15 +242,16 @@ class QuantizedExperts(PreparedModule):
             y = kernel.apply(rows, weights, chosen, prepared, expert_map)
         return y.view(x.shape)
 
-    def _refuse_derivatives(self, kernel: str, x: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        if carries_tangent(x, topk_weights):
+    def _refuse_derivatives(self, kernel: MoEKernel, x: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        if not kernel.traits.tangents and carries_tangent(x, topk_weights):
             raise RunError(
-                "QP-RUN-GRAD", self.path, f"x or the router's weights carry a tangent, and {kernel} gives none",
+                "QP-RUN-GRAD", self.path, f"x or the router's weights carry a tangent, and {kernel.name} gives none",
                 fix="Pin loop.reference.",
             )  # fmt: skip
-        if (x.requires_grad or topk_weights.requires_grad) and torch.is_grad_enabled():
+        wanted = (x.requires_grad or topk_weights.requires_grad) and torch.is_grad_enabled()
+        if wanted and not kernel.traits.differentiable:
             raise RunError(
-                "QP-RUN-GRAD", self.path, f"x or the router's weights want a gradient, and {kernel} gives none",
+                "QP-RUN-GRAD", self.path, f"x or the router's weights want a gradient, and {kernel.name} gives none",
                 fix="Run under torch.no_grad(), or pin loop.reference.",
             )  # fmt: skip
 

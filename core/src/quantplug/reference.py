@@ -37,7 +37,7 @@ class ReferenceKernel(LinearKernel):
 
     name = "reference"
     layout_id = "canonical"
-    traits = Traits(graph_safe=False, differentiable=True, fallback=True)
+    traits = Traits(graph_safe=False, differentiable=True, tangents=True, fallback=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept every problem in a float dtype; weights stay one byte per code."""

@@ -50,7 +50,7 @@ class DenseKernel(LinearKernel):
 
     name = "cpu.dense"
     layout_id = "cpu.dense"
-    traits = Traits(differentiable=True)
+    traits = Traits(differentiable=True, tangents=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept every problem in a float dtype, and say what it costs in memory."""

@@ -38,7 +38,7 @@ class PlainExperts(MoEKernel):
 
     name = "testkit.experts"
     layout_id = "testkit.experts"
-    traits = Traits(graph_safe=True, differentiable=True)
+    traits = Traits(graph_safe=True, differentiable=True, tangents=True)
 
     def supports(self, problem: MoEProblem, platform: Platform) -> Verdict:
         """Accept every problem in a float dtype; weights stay one byte per code."""

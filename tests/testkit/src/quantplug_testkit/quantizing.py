@@ -37,7 +37,7 @@ class QuantizingKernel(ReferenceKernel):
     """`y = x W^T + b` with x quantized as the file permits, then everything in float32."""
 
     name = "testkit.quantizing"
-    traits = replace(ReferenceKernel.traits, differentiable=False)
+    traits = replace(ReferenceKernel.traits, differentiable=False, tangents=False)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept problems whose file permits to quantize x to a type for which there is a rule."""

@@ -131,7 +131,7 @@ class ToyKernel(ReferenceKernel):
 
     name = "toy.fast"
     layout_id = "toy"
-    traits = Traits(uniform_segments=True, differentiable=True)
+    traits = Traits(uniform_segments=True, differentiable=True, tangents=True)
 
     def supports(self, problem: LinearProblem, platform: Platform) -> Verdict:
         """Accept K that is a multiple of 16 on a CPU."""

@@ -24,6 +24,7 @@ from quantplug.kernel import Accepted
 from quantplug_testkit.conformance.aspects import aspects_of
 from quantplug_testkit.conformance.contract import ContractTests
 from quantplug_testkit.conformance.covering import covering, generate, pairs, whole_catalogue
+from quantplug_testkit.conformance.derivatives import DerivativeTests
 from quantplug_testkit.conformance.intact import assert_intact, standard_names
 from quantplug_testkit.conformance.prepare import PrepareTests
 from quantplug_testkit.conformance.problems import CATALOGUE, Hazard
@@ -42,7 +43,7 @@ ARGUMENTS = (("hazard", "rows"), ("hazard",), ("family",), ("sample",))
 """What standard tests take, by name."""
 
 
-class LinearKernelConformance(PrepareTests, ProductTests, RuntimeTests, ContractTests):
+class LinearKernelConformance(PrepareTests, ProductTests, RuntimeTests, DerivativeTests, ContractTests):
     """Subclass it, name it `Test…`, set `kernel`, and `platform` and `device` where they are not the CPU."""
 
     @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd import forward_ad
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug.weight import ActivationParams, Prepared, Weight
@@ -52,6 +53,28 @@ class ScalesGradients(Broken):
     def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
         """Let autograd see 2 x - x with the second x cut off."""
         return super().apply(2 * x - x.detach(), prepared, bias)
+
+
+class LosesTangents(Broken):
+    """Passes gradients on, and computes as if x had no tangent."""
+
+    caught_by = ("test_tangents_reach_y_or_are_refused",)
+
+    def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+        """Take what x is without its tangent."""
+        return super().apply(forward_ad.unpack_dual(x).primal, prepared, bias)
+
+
+class ScalesTangents(Broken):
+    """Passes twice the tangent on, and the gradient as it is."""
+
+    caught_by = ("test_tangents_reach_y_or_are_refused",)
+
+    def apply(self, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
+        """Give x its tangent twice."""
+        plain, tangent = forward_ad.unpack_dual(x)
+        given = x if tangent is None else forward_ad.make_dual(plain, 2 * tangent)
+        return super().apply(given, prepared, bias)
 
 
 class RaisesWhenAsked(Broken):
