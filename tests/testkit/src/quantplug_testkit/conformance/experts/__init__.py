@@ -23,6 +23,7 @@ import torch
 from quantplug_testkit.conformance.contract import ContractTests
 from quantplug_testkit.conformance.covering import covering, generate, pairs, whole_catalogue
 from quantplug_testkit.conformance.experts.aspects import aspects_of_experts
+from quantplug_testkit.conformance.experts.derivatives import ExpertDerivativeTests
 from quantplug_testkit.conformance.experts.hazard import ExpertHazard
 from quantplug_testkit.conformance.experts.prepare import ExpertPrepareTests
 from quantplug_testkit.conformance.experts.problems import EXPERT_CATALOGUE
@@ -40,7 +41,9 @@ ARGUMENTS = (("hazard", "rows"), ("family",), ("form",), ("sample",))
 """What standard tests take, by name."""
 
 
-class MoEKernelConformance(ExpertPrepareTests, ExpertProductTests, ExpertRuntimeTests, ContractTests):
+class MoEKernelConformance(
+    ExpertPrepareTests, ExpertProductTests, ExpertRuntimeTests, ExpertDerivativeTests, ContractTests
+):
     """Subclass it, name it `Test…`, set `kernel`, and `platform` and `device` where they are not the CPU."""
 
     @pytest.fixture(autouse=True)
