@@ -4,7 +4,7 @@ The product as one operator of torch.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ def widened(x: torch.Tensor, columns: int) -> torch.Tensor:
     return x if x.data_ptr() % _VECTOR == 0 else x.clone()
 
 
-@cache
+@lru_cache(maxsize=4096)
 def way(form: Form, bias: bool, rows: int, device: int) -> Way:
     """
     Return how a product is launched, with its kernel compiled: what humming's own call would look up each time.
