@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.autograd import forward_ad
 
 from quantplug.spec import ElementType, LinearProblem, PerGroup, SegmentSpec, WeightSpec
 from quantplug.weight import Prepared, Weight
-from quantplug_marlin import launch
+from quantplug_marlin import launch, mixture
 from quantplug_marlin.kernel import MarlinKernel
 
 KERNEL = MarlinKernel()
@@ -37,3 +39,41 @@ def test_the_compiler_sees_the_operator():
 def test_what_is_not_on_a_gpu_gets_the_operator():
     assert launch.linear_for(torch.empty(1, 8, device="meta"), None) is launch.linear
     assert launch.linear_for(torch.empty(1, 8), None) is launch.linear
+
+
+def tangent_of(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        tangent_of,
+        lambda function, x: torch.func.jvp(function, (x,), (x,)),
+        lambda function, x: torch.func.jacfwd(function)(x),
+    ],
+    ids=["dual", "jvp", "jacfwd"],
+)
+@pytest.mark.parametrize("what", ["x", "bias"])
+def test_a_tangent_is_refused_not_lost(differentiate, what):
+    prepared, fixed = layer(), torch.empty(2, 256, dtype=torch.bfloat16, device="meta")
+
+    def function(given):
+        return KERNEL.apply(*((given, prepared, None) if what == "x" else (fixed, prepared, given)))
+
+    given = fixed if what == "x" else torch.empty(48, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(NotImplementedError, match="no derivatives for forward-mode differentiation"):
+        differentiate(function, given)
+    assert function(given).shape == (2, 48)
+
+
+def test_what_carries_no_tangent_is_multiplied_beside_what_does():
+    x = torch.empty(2, 256, dtype=torch.bfloat16, device="meta")
+    assert tangent_of(lambda _: KERNEL.apply(x, layer(), None), torch.ones(3)).shape == (2, 48)
+
+
+def test_experts_refuse_a_tangent():
+    x = torch.ones(2, 64)
+    with pytest.raises(NotImplementedError, match="no derivatives for forward-mode differentiation"):
+        tangent_of(lambda given: mixture.apply(given, torch.ones(2, 1), torch.zeros(2, 1), None, None), x)

@@ -15,6 +15,7 @@ from quantplug_marlin.expertfit import FUNCTIONS
 from quantplug_marlin.float8cut import INPUTS, ROWS, choose, every_cut
 from quantplug_marlin.launch import at, register, stream_of
 from quantplug_marlin.routing import add_up, kernels, route
+from quantplug_marlin.seen import refuse_tangents
 
 if TYPE_CHECKING:
     from quantplug.expertweights import PreparedExperts
@@ -77,6 +78,7 @@ def apply(
     expert_map: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return y `[M, H]`."""
+    refuse_tangents(x, topk_weights)
     problem, tensors, f = prepared.problem, prepared.tensors, prepared.problem.function
     facts = [
         problem.intermediate, FUNCTIONS.index(f.name), int(f.gated), int(f.limit is not None),

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from quantplug.seen import is_seen
 from quantplug_marlin.choice import choose
 from quantplug_marlin.cut import GroupCut
 from quantplug_marlin.device import function, target_of
 from quantplug_marlin.driver import Launch, matrix_map, weight_maps
 from quantplug_marlin.form import Form, decode
+from quantplug_marlin.seen import is_seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -255,7 +255,7 @@ linear = register(
 
 def linear_for(x: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:
     """Return what computes a product: the operator, or at once what it does, where nobody would see the operator."""
-    return linear if is_seen(x, bias) or not x.is_cuda else linear_now
+    return linear if is_seen(x, bias) else linear_now
 
 
 dequantize = register(

@@ -16,6 +16,7 @@ from quantplug_marlin.expertfit import FUNCTIONS
 from quantplug_marlin.form import decode
 from quantplug_marlin.launch import gather, is_readable, name_of, register, stream_of
 from quantplug_marlin.routing import add_up, kernels, route
+from quantplug_marlin.seen import refuse_tangents
 from quantplug_marlin.side import Held, Places, Side
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def apply(
     expert_map: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return y `[M, H]`."""
+    refuse_tangents(x, topk_weights)
     problem, tensors, meta, f = prepared.problem, prepared.tensors, prepared.meta, prepared.problem.function
     facts = [
         problem.experts, problem.intermediate, meta["w13.form"], meta["w2.form"], FUNCTIONS.index(f.name), int(f.gated),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from quantplug.seen import is_seen
 from quantplug.spec import ElementType
 from quantplug_marlin.cut import GroupCut
 from quantplug_marlin.device import build_all, function, target_of
@@ -17,6 +16,7 @@ from quantplug_marlin.driver import Launch, matrix_map, rows_map
 from quantplug_marlin.form import Form
 from quantplug_marlin.launch import current_device, empty, gather, is_readable, register, stream_of
 from quantplug_marlin.rowchoice import choose_rows, every_rows_choice
+from quantplug_marlin.seen import is_seen
 
 if TYPE_CHECKING:
     from quantplug.weight import Prepared
@@ -80,7 +80,7 @@ def apply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> tor
     """Return `[..., N]` for x `[..., K]`."""
     tensors, meta = prepared.tensors, prepared.meta
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    linear = linear_rows if is_seen(flat, bias) or not flat.is_cuda else linear_rows_now
+    linear = linear_rows if is_seen(flat, bias) else linear_rows_now
     if meta["parts"] == 1:
         y = linear(flat, tensors["codes.0"], tensors["scales.0"], bias, meta["rows.0"])
     else:
