@@ -45,7 +45,7 @@ def test_exact_gradients_are_differences_of_the_oracle(name):
     for column in range(0, x.shape[1], 5):
         ends = [x + sign * step * (np.arange(x.shape[1]) == column) for sign in (1, -1)]
         above, below = (mixture(end, weights, chosen, layer)[every, picked] for end in ends)
-        assert np.allclose((above - below) / (2 * step), exact[:, column], rtol=0, atol=step * np.abs(exact).max())
+        assert np.allclose((above - below) / (2 * step), exact[:, column], rtol=0, atol=step**2 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd import forward_ad
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug_testkit.canonical import weight_tensors
@@ -66,6 +67,23 @@ class KeepsTheRouters(BrokenExperts):
     ) -> torch.Tensor:
         """Cut the router's weights off."""
         return super().apply(x, topk_weights.detach(), topk_ids, prepared, expert_map)
+
+
+class LosesTangents(BrokenExperts):
+    """Passes gradients on, and computes as if x had no tangent."""
+
+    caught_by = ("test_tangents_are_not_lost",)
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        prepared: PreparedExperts,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Take what x is without its tangent."""
+        return super().apply(forward_ad.unpack_dual(x).primal, topk_weights, topk_ids, prepared, expert_map)
 
 
 class ForgetsTheGate(BrokenExperts):

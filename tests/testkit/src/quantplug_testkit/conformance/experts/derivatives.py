@@ -1,5 +1,5 @@
 """
-What the trait `differentiable` promises of experts: gradients back to x and to the router's weights.
+What traits promise of experts: gradients back to x and to the router's weights, and tangents forward from both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from quantplug_testkit.canonical import to_float64
 from quantplug_testkit.compare import assert_within
@@ -55,3 +56,21 @@ class ExpertDerivativeTests(ExpertSubject):
                 given_by, off = mixture_bound(given, np.ones((rows, 1)), one, layer, problem.dtype, case.casts)
                 what = f"the gradient of the router's weights in slot {slot} of {rows} rows [{sample.name}]"
                 assert_within(weights.grad[:, slot], given_by[every, picked], off[every, picked], what)
+
+    def test_tangents_are_not_lost(self, sample: ExpertHazard) -> None:
+        """Where the traits say tangents, y has one where x or the router's weights have: how large, no rule says."""
+        if not self.kernel.traits.tangents:
+            pytest.skip(f"{self.kernel.name} says that it passes no tangents on")
+        case = self.case(sample)
+        x, routing = case.inputs(3), case.route(3)
+        for what in ("x", "the router's weights"):
+            with forward_ad.dual_level():
+                given, weights = x, routing.weights
+                if what == "x":
+                    given = forward_ad.make_dual(x, torch.ones_like(x))
+                else:
+                    weights = forward_ad.make_dual(weights, torch.ones_like(weights))
+                y = case.apply(given, replace(routing, weights=weights))
+                tangent = forward_ad.unpack_dual(y).tangent
+            assert tangent is not None, f"the tangent of {what} is lost"
+            assert tangent.any(), f"the tangent of {what} is 0"
