@@ -270,10 +270,14 @@ def test_what_does_not_fit_is_refused_before_it_runs(tmp_path: Path) -> None:
         ((x.double(), weights, ids), "QP-RUN-DTYPE"),
         ((x, weights, ids.float()), "QP-RUN-DTYPE"),
         ((x.to("meta"), weights, ids), "QP-RUN-DEVICE"),
+        ((x, weights, ids, torch.arange(4)[None]), "QP-RUN-SHAPE"),
+        ((x, weights, ids, torch.arange(4.0)), "QP-RUN-DTYPE"),
+        ((x, weights, ids, torch.arange(4, device="meta")), "QP-RUN-DEVICE"),
     ):
         with pytest.raises(RunError) as raised:
             experts(*arguments)
         assert raised.value.code == code
+    assert torch.equal(experts(x, weights, ids, torch.arange(4)), experts(x, weights, ids))
     with pytest.raises(RunError, match="QP-RUN-MOVE"):
         experts.half()
     assert experts.parameter_count == 4 * 3 * 16 * HIDDEN

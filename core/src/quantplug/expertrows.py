@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantplug.expertlimits import refuse_mixture
 from quantplug.kernel import Rejected
 from quantplug.rowlayout import fill, refuse_codes, shared_by
 from quantplug.spec import ElementType, PerChannel, PerTensor
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from quantplug.spec import WeightSpec
 
 LAYOUT_ID = "fp8.experts"
-
-FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-"""What kernels for experts know to lie between the products."""
 
 
 def turns(problem: MoEProblem) -> int:
@@ -53,26 +51,7 @@ def bytes_held(problem: MoEProblem) -> int:
 
 def refuse(problem: MoEProblem) -> Rejected | None:
     """Return why a mixture does not fit into the layout, or its file does not permit to multiply it with x in FP8."""
-    return (
-        _refuse_sizes(problem) or _refuse_function(problem) or _refuse_weights(problem) or _refuse_activation(problem)
-    )
-
-
-def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
-    for name in ("experts", "top_k", "hidden", "intermediate"):
-        if getattr(problem, name) < 1:
-            return Rejected("shape", f"{name} is {getattr(problem, name)}", "at least 1")
-    if problem.router_weight_on_input and problem.top_k != 1:
-        return Rejected("shape", f"top_k {problem.top_k} with the router's weight on the input", "top_k 1")
-    return None
-
-
-def _refuse_function(problem: MoEProblem) -> Rejected | None:
-    if problem.function.name not in FUNCTIONS:
-        return Rejected("function", f"the function {problem.function.name}", f"one of {', '.join(FUNCTIONS)}")
-    if problem.function.gated != (len(problem.w13) == 2):
-        return Rejected("segments", f"{len(problem.w13)} projections before {problem.function.describe()}")
-    return None
+    return refuse_mixture(problem) or _refuse_weights(problem) or _refuse_activation(problem)
 
 
 def _refuse_weights(problem: MoEProblem) -> Rejected | None:

@@ -126,7 +126,8 @@ class Traits:
             multiplies them by what `dequantize` of one of its kernels gives; experts, and layers without, refuse.
         tangents: `apply` passes tangents of forward-mode differentiation on from x, as torch's own operators do, which
             refuse where they have no rule. Where it does not, layers refuse: operators of a library have no rule, and
-            run as if there were no tangents.
+            run as if there were no tangents. A linear layer refuses where any kernel of its decision does not, so that
+            no number of rows decides it; experts where the kernel of the call does not.
         fallback: last resort; chosen only when nothing else fits, and then with a warning.
         by_request: chosen only where a policy allows it, or prefers or pins it by its name: it gives up what a caller
             has to agree to, such as the precision of long sums.

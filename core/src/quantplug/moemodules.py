@@ -12,6 +12,7 @@ import torch
 from quantplug.dispatch import kernel_for
 from quantplug.errors import LoadError, RunError
 from quantplug.evidence import BIAS_SUFFIX, DENSE_SUFFIX
+from quantplug.expertinputs import check_inputs
 from quantplug.expertparameters import load_expert, stacked_parameters
 from quantplug.moe import MoEProblem
 from quantplug.moescheme import MoEScheme
@@ -230,7 +231,7 @@ class QuantizedExperts(PreparedModule):
         """
         if not self._held:
             raise RunError("QP-RUN-STATE", self.path, "its weights are not prepared", fix="Load the layer first.")
-        self._check(x, topk_weights, topk_ids)
+        check_inputs(self.path, self.problem, self._device, x, topk_weights, topk_ids, expert_map)
         rows, chosen = x.reshape(-1, self.problem.hidden), topk_ids.reshape(-1, self.problem.top_k)
         kernel = kernel_for(self._choices, len(rows))
         self._refuse_derivatives(kernel, x, topk_weights)
@@ -253,31 +254,6 @@ class QuantizedExperts(PreparedModule):
             raise RunError(
                 "QP-RUN-GRAD", self.path, f"x or the router's weights want a gradient, and {kernel.name} gives none",
                 fix="Run under torch.no_grad(), or pin loop.reference.",
-            )  # fmt: skip
-
-    def _check(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
-        if x.shape[-1] != self.problem.hidden:
-            raise RunError("QP-RUN-SHAPE", self.path, f"x is {list(x.shape)}", expected=f"[..., {self.problem.hidden}]")
-        wanted = (*x.shape[:-1], self.problem.top_k)
-        for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids)):
-            if tuple(tensor.shape) != wanted:
-                raise RunError(
-                    "QP-RUN-SHAPE",
-                    self.path,
-                    f"{name} is {list(tensor.shape)}",
-                    expected=f"{list(wanted)}, as x has it",
-                )
-        if x.dtype != self._dtype or topk_ids.dtype not in (torch.int32, torch.int64):
-            raise RunError(
-                "QP-RUN-DTYPE", self.path, f"x is {x.dtype}, topk_ids {topk_ids.dtype}",
-                expected=f"x in {self._dtype}, topk_ids in int32 or int64",
-                fix="Cast them, or load with another dtype.",
-            )  # fmt: skip
-        if {x.device, topk_weights.device, topk_ids.device} != {self._device}:
-            raise RunError(
-                "QP-RUN-DEVICE", self.path,
-                f"x lies on {x.device}, topk_weights on {topk_weights.device}, topk_ids on {topk_ids.device}",
-                expected=f"all on {self._device}",
             )  # fmt: skip
 
     # -- the way back ------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from quantplug.activations import read_activation
+from quantplug.expertweights import PreparedExperts
 from quantplug.kernel import Accepted, Cast, Rejected
 from quantplug.moe import ExpertFunction, MoEProblem
 from quantplug.platform import Platform
 from quantplug.spec import ElementType, PerBlock, PerChannel, WeightSpec
 from quantplug_cublas.experts import CublasExperts
+from quantplug_marlin import float8mixture
 from quantplug_marlin.compiler import compiler
 from quantplug_marlin.device import Target, options_for
 from quantplug_marlin.float8cut import ROWS, Float8Cut, choose, cut_of, every_cut, likely_blocks
@@ -116,14 +118,30 @@ def test_cuts_fit_into_the_memory_of_a_multiprocessor():
     assert cut_of(128, Target((9, 0), 132, 99 << 10)).depth == 2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("experts", "top_k", "hidden", "between"), [(128, 8, 2048, 768), (8, 2, 4096, 14336), (4, 2, 64, 32)]
+    ("experts", "top_k", "hidden", "between"), [(128, 8, 2048, 768), (8, 2, 4096, 1024), (4, 2, 64, 32)]
 )
-def test_every_number_of_rows_gets_a_cut_that_was_built_ahead(experts, top_k, hidden, between):
-    built = every_cut(H100)
+def test_every_number_of_rows_gets_kernels_that_were_built_ahead(experts, top_k, hidden, between, dtype, monkeypatch):
+    """A call that compiled could not be captured in a graph."""
+    built = {}
+    monkeypatch.setattr(float8mixture, "target_of", lambda _: H100)
+    monkeypatch.setattr(float8mixture, "build_all", lambda wanted, _: built.update(wanted))
+    problem = replace(PROBLEM, experts=experts, top_k=top_k, hidden=hidden, intermediate=between, dtype=dtype)
+    shapes = {"w13.codes": (experts, 2 * between, hidden), "w2.codes": (experts, hidden, between)}
+    tensors = {name: torch.empty(shape, dtype=torch.uint8, device="meta") for name, shape in shapes.items()}
+    float8mixture.build(PreparedExperts(KERNEL.layout_id, problem, tensors))
+    half = dtype == "float16"
     for rows in (1, 7, 64, 300, 4096, 65536):
-        for outputs, inputs in ((2 * between, hidden), (hidden, between)):
-            assert choose(outputs, inputs, rows * top_k, experts, H100) in built
+        for product, (_, outputs, inputs) in enumerate(shapes.values(), 1):
+            cut = choose(outputs, inputs, rows * top_k, experts, H100)
+            assert (cut.file, tuple(cut.definitions(product, half=half).items())) in built
+    entering = _row_definitions(hidden) | {"HALF": int(half)}
+    between_products = _between_definitions(between, 0, gated=True, limited=False, half=half)
+    assert ("quantize.cu", tuple(entering.items())) in built
+    assert ("between.cu", tuple(between_products.items())) in built
+    assert ("route.cu", ()) in built
+    assert ("combine.cu", (("HALF", int(half)),)) in built
 
 
 def test_weights_that_are_read_for_few_rows_get_narrow_pieces():

@@ -38,7 +38,8 @@ class Launcher:
     Launches of a kernel with some constants.
 
     Args:
-        kernel: a `triton.jit` function whose arguments are tensors, then whole numbers, then constants.
+        kernel: a `triton.jit` function whose arguments are tensors, then whole numbers, then constants, all of
+            them given by their places.
         warps: of a program.
         constants: in the order of the arguments.
     """

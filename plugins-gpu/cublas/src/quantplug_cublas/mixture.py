@@ -63,6 +63,13 @@ def _experts(
     up_offset: float, fast: bool,
 ) -> torch.Tensor:  # fmt: skip
     rows, hidden = x.shape
+    device = x.get_device()
+    if device >= 0 and torch.cuda.current_device() != device:  # Triton launches where torch is
+        with torch.cuda.device(device):
+            return _experts(
+                x, topk_weights, topk_ids, expert_map, codes13, scales13, known13, bias13, codes2, scales2, known2,
+                bias2, intermediate, weight_on_input, name, gated, limit, alpha, up_offset, fast,
+            )  # fmt: skip
     together = max(1, _MOST_CHOICES // topk_ids.shape[1])
     if rows == 0:
         return x.new_empty(0, hidden)

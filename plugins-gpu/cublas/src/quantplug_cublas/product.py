@@ -33,6 +33,9 @@ Up to so many elements of y, scales per token and row of the weight are applied 
 faster without them. See benchmarks/gpu/README.md.
 """
 
+_MOST_ROWS = 65535
+"""Rows that this launch has programs for."""
+
 
 def multiply(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None, *, fast: bool) -> torch.Tensor:
     """Return `[..., N]` for x `[..., K]`; `fast` sums are never promoted to float32."""
@@ -80,7 +83,7 @@ def linear_now(
         x_scales = _scale_of(x, dtype) if x_scale is None else x_scale
         x_codes = ways.by_scale(x, x_scales, width, dtype)
     if shared != "group" and (x_scales.numel() > 1 or scales.numel() > 1):
-        if one is not None and rows * outputs <= _FEW_SUMS:
+        if one is not None and rows <= _MOST_ROWS and rows * outputs <= _FEW_SUMS:
             sums = torch._scaled_mm(x_codes, codes.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast)
             small: torch.Tensor = ways.scaled(sums, x_scales, scales, bias, outputs, x.dtype)
             return small

@@ -42,7 +42,7 @@ def _try_product(device: str) -> Rejected | None:
     try:
         y = linear(x, codes, torch.full((4, 1), 0.5, device=device), None, 32)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
         return Rejected("probe", f"DeepGEMM cannot multiply: {reason}", _COMPILER)
     # The largest element is its own scale's largest code, so that each product of a row is one code of the weight.
     wanted = x.to(torch.float32) @ codes.to(torch.float32).t() / 2

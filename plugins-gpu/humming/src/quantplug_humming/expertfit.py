@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
+from quantplug.expertlimits import refuse_mixture
+from quantplug.kernel import Accepted, Cast, Cost, Verdict
 from quantplug.spec import LinearProblem, SegmentSpec
 from quantplug_humming.fit import DTYPE, bytes_held, casts, notes, reading_us, refuse, row_us
 from quantplug_humming.form import ALIGNED, Form, form_of
@@ -14,9 +15,6 @@ from quantplug_humming.form import ALIGNED, Form, form_of
 if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
     from quantplug.platform import Platform
-
-FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-"""Those that `expertdevice.py` spells out."""
 
 MOST_EXPERTS = 1024
 """Routing counts the choices of all experts at once."""
@@ -41,7 +39,7 @@ def products(problem: MoEProblem) -> tuple[LinearProblem, LinearProblem]:
 
 def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a mixture of experts on a platform, and at what cost."""
-    refusal = refuse_mixture(problem)
+    refusal = refuse_mixture(problem, MOST_EXPERTS)
     if refusal is not None:
         return refusal
     for product in products(problem):
@@ -92,29 +90,3 @@ def extra_bytes(problem: MoEProblem, forms: tuple[Form, Form]) -> int:
         rows = sum(form.filled[0] for form in forms)
         extra += 2 * (rows - len(problem.w13) * problem.intermediate - problem.hidden)
     return max(0, problem.experts * extra)
-
-
-def refuse_mixture(problem: MoEProblem) -> Rejected | None:
-    """Return why no mixture of such sizes, or with such a function, is run, or None."""
-    return _refuse_sizes(problem) or _refuse_function(problem)
-
-
-def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
-    for name in ("experts", "top_k", "hidden", "intermediate"):
-        if getattr(problem, name) < 1:
-            return Rejected("shape", f"{name} is {getattr(problem, name)}", "at least 1")
-    if problem.experts > MOST_EXPERTS:
-        return Rejected("shape", f"{problem.experts} experts", f"at most {MOST_EXPERTS} on one device")
-    if problem.router_weight_on_input and problem.top_k != 1:
-        return Rejected("shape", f"top_k {problem.top_k} with the router's weight on the input", "top_k 1")
-    return None
-
-
-def _refuse_function(problem: MoEProblem) -> Rejected | None:
-    if problem.function.name not in FUNCTIONS:
-        return Rejected("function", f"the function {problem.function.name}", f"one of {', '.join(FUNCTIONS)}")
-    if problem.function.gated != (len(problem.w13) == 2):
-        kinds = " and ".join(spec.describe() for spec in problem.w13)
-        what = f"{len(problem.w13)} projections, {kinds}, before {problem.function.describe()}"
-        return Rejected("segments", what, "gate and up where there is a gate, up alone where there is none")
-    return None

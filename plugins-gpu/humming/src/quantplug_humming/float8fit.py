@@ -6,17 +6,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantplug.expertlimits import refuse_mixture
 from quantplug.kernel import Accepted, Cast, Rejected, Verdict
 from quantplug.rowlayout import shared_by
 from quantplug.spec import ElementType, PerBlock, PerChannel, PerTensor
 from quantplug_humming.expertfit import (
+    MOST_EXPERTS,
     cost,
     extra_bytes,
     forms_of,
     mixture_casts,
     mixture_notes,
     products,
-    refuse_mixture,
 )
 from quantplug_humming.fit import bytes_held, refuse
 
@@ -38,7 +39,7 @@ _PRODUCTS_PER_US, _FAST_PRODUCTS_PER_US = 3.9e8, 4.7e8
 
 def float8_verdict(problem: MoEProblem, platform: Platform, *, fast: bool) -> Verdict:
     """Return whether a mixture of experts is run on a platform with x in FP8, and at what cost."""
-    refusal = refuse_mixture(problem) or _refuse_elements(problem)
+    refusal = refuse_mixture(problem, MOST_EXPERTS) or _refuse_elements(problem)
     for product in products(problem):
         refusal = refusal or refuse(product, platform)
     refusal = refusal or _refuse_arch(platform) or _refuse_activation(problem) or _refuse_scales(problem, fast=fast)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from quantplug.expertlimits import refuse_mixture
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
 from quantplug.spec import LinearProblem, SegmentSpec
 from quantplug_marlin.fit import BYTES_PER_US, CALL_US, verdict
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
     from quantplug.platform import Platform
     from quantplug.spec import WeightSpec
-
-FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-"""The numbers that `cuda/experts.cuh` knows them by."""
 
 MOST_EXPERTS = 2048
 """What `cuda/route.cu` has memory for."""
@@ -39,7 +37,7 @@ def projections(problem: MoEProblem) -> Iterator[LinearProblem]:
 
 def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a mixture of experts on a platform, and at what cost."""
-    refusal = _refuse_sizes(problem) or _refuse_function(problem)
+    refusal = refuse_mixture(problem, MOST_EXPERTS)
     if refusal is not None:
         return refusal
     answers = []
@@ -72,25 +70,6 @@ def _moved(problem: MoEProblem) -> int:
     put in order and read again, what lies between the products, and what an expert gives, which is added up.
     """
     return 10 * problem.hidden + 4 * problem.intermediate
-
-
-def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
-    for name in ("experts", "top_k", "hidden", "intermediate"):
-        if getattr(problem, name) < 1:
-            return Rejected("shape", f"{name} is {getattr(problem, name)}", "at least 1")
-    if problem.experts > MOST_EXPERTS:
-        return Rejected("shape", f"{problem.experts} experts", f"at most {MOST_EXPERTS} on one device")
-    if problem.router_weight_on_input and problem.top_k != 1:
-        return Rejected("shape", f"top_k {problem.top_k} with the router's weight on the input", "top_k 1")
-    return None
-
-
-def _refuse_function(problem: MoEProblem) -> Rejected | None:
-    if problem.function.name not in FUNCTIONS:
-        return Rejected("function", f"the function {problem.function.name}", f"one of {', '.join(FUNCTIONS)}")
-    if problem.function.gated != (len(problem.w13) == 2):
-        return Rejected("segments", f"{len(problem.w13)} projections before {problem.function.describe()}")
-    return None
 
 
 def _refuse_order(weight: WeightSpec, inputs: int) -> Rejected | None:

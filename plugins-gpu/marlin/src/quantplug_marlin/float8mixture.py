@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from quantplug.expertlimits import FUNCTIONS
 from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch, rows_map
-from quantplug_marlin.expertfit import FUNCTIONS
 from quantplug_marlin.float8cut import INPUTS, ROWS, choose, every_cut
 from quantplug_marlin.launch import at, register, stream_of
 from quantplug_marlin.routing import add_up, kernels, route
@@ -30,7 +30,13 @@ _THREADS_AT_ONCE = 2048
 
 
 class _Quantized(NamedTuple):
-    """Rows that enter a product, at their places."""
+    """
+    Rows that enter a product, at their places; those of empty places hold anything.
+
+    Attributes:
+        codes: uint8 `[places, K filled up]`, float8_e4m3fn bit by bit.
+        scales: float32 `[places]`.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -117,10 +123,12 @@ def _experts(
     product = x.new_empty((places.blocks * ROWS, codes13.shape[1]))
     _multiply(1, entering, codes13, scales13, bias13, product, between, choices, weights if on_input else None,
               places, stream)  # fmt: skip
+    del entering  # memory for what follows, which the same stream writes
     how = _between_definitions(
         codes2.shape[2], kind, gated=bool(gated), limited=bool(limited), half=x.dtype == torch.float16
     )
     h = _between(product, codes2.shape[2], between, how, numbers, places, stream)
+    del product
     outputs = x.new_empty((choices, hidden))
     _multiply(2, h, codes2, scales2, bias2, outputs, hidden, choices, None, places, stream)
     add_up(outputs, None if on_input else weights, routed, y, stream)
@@ -133,12 +141,12 @@ def _room(x: torch.Tensor, width: int, places: Places) -> _Quantized:
 
 
 def _grid(places: Places, threads: int, device: int) -> tuple[int, int, int]:
-    """Return the grid for rows at their places, as many as run at once."""
+    """Return the grid for rows at their places: as many blocks of threads as run at once."""
     return min(places.blocks * ROWS, _THREADS_AT_ONCE // threads * target_of(device).processors), 1, 1
 
 
 def _quantize(x: torch.Tensor, width: int, places: Places, top_k: int, stream: int) -> _Quantized:
-    """Return rows of x at their places."""
+    """Return rows of x `[M, K]`, of any strides, at the places of their choices."""
     made, device = _room(x, width, places), x.get_device()
     facts = _row_definitions(width) | {"HALF": int(x.dtype == torch.float16)}
     found, threads = function("quantize.cu", "quantize", facts, 0, device), facts["THREADS"]
@@ -151,7 +159,7 @@ def _quantize(x: torch.Tensor, width: int, places: Places, top_k: int, stream: i
 def _between(
     product: torch.Tensor, width: int, size: int, how: dict[str, int], numbers: list[float], places: Places, stream: int
 ) -> _Quantized:
-    """Return f of the first product."""
+    """Return f of the first product `[places, gate and up filled up]`, `size` numbers of each, at the same places."""
     made, device, stride = _room(product, width, places), product.get_device(), product.shape[1]
     found, threads = function("between.cu", "between_products", how, 0, device), how["THREADS"]
     launch = Launch(found, _grid(places, threads, device), threads, 0, stream, overlap=True)
@@ -212,4 +220,9 @@ float8_experts = register(
     _experts,
     _fake_experts,
 )
-"""`y [M, H]` of a mixture of experts in FP8 as one operator of torch, see `quantplug.expertrows` for the tensors."""
+"""
+`y [M, H]` of a mixture of experts in FP8 as one operator of torch, see `quantplug.expertrows` for the tensors.
+
+`facts`: I, the number of f in `FUNCTIONS`, whether it is gated, whether it has a limit, and whether the router's
+weights multiply x. `numbers`: the limit or 0, alpha, and what is added to up.
+"""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug.expertlimits import FUNCTIONS
 from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch
-from quantplug_marlin.expertfit import FUNCTIONS
 from quantplug_marlin.form import decode
 from quantplug_marlin.launch import gather, is_readable, name_of, register, stream_of
 from quantplug_marlin.routing import add_up, kernels, route

@@ -7,6 +7,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+from quantplug.expertlimits import refuse_mixture
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug.spec import scale_shape
 from quantplug_triton.fit import LAUNCH_US, TILE_ROWS, field_bits, is_moved, scale_bytes, verdict
@@ -16,16 +17,13 @@ if TYPE_CHECKING:
     from quantplug.moe import MoEProblem
     from quantplug.platform import Platform
 
-FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-"""What `expertdevice.py` computes."""
-
 _CALL_US = 4 * LAUNCH_US
 """Routing, two products, and adding up."""
 
 
 def experts_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a mixture of experts on a platform, and at what cost."""
-    refusal = _refuse(problem)
+    refusal = refuse_mixture(problem)
     if refusal is not None:
         return refusal
     answers: list[Accepted] = []
@@ -63,14 +61,3 @@ def _extra_bytes(problem: MoEProblem) -> int:
         if not weight.act_order and is_moved(weight, slots, inputs):
             total += 4 * slots.count
     return max(0, total)
-
-
-def _refuse(problem: MoEProblem) -> Rejected | None:
-    for name in ("experts", "top_k", "hidden", "intermediate"):
-        if getattr(problem, name) < 1:
-            return Rejected("shape", f"{name} is {getattr(problem, name)}", "at least 1")
-    if problem.router_weight_on_input and problem.top_k != 1:
-        return Rejected("shape", f"top_k {problem.top_k} with the router's weight on the input", "top_k 1")
-    if problem.function.name not in FUNCTIONS:
-        return Rejected("function", f"the function {problem.function.name}", f"one of {', '.join(FUNCTIONS)}")
-    return None
