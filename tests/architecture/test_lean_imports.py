@@ -14,9 +14,9 @@ from sources import projects
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub")
 
 NEEDS_TORCH = {
-    "codes", "convert", "dispatch", "expertfunction", "expertinputs", "expertload", "expertrowprepare", "lintscales",
-    "load", "modules", "moemodules", "preparedmodule", "reader", "rowprepare", "samples", "seen", "stopwatch",
-    "trial", "trialbound", "trialexperts", "weight", "workers", "writeback", "writer",
+    "codes", "convert", "cudacalls", "dispatch", "expertfunction", "expertinputs", "expertload", "expertrowprepare",
+    "lintscales", "load", "modules", "moemodules", "preparedmodule", "reader", "rowprepare", "samples", "seen",
+    "stopwatch", "trial", "trialbound", "trialexperts", "weight", "workers", "writeback", "writer",
 }  # fmt: skip
 """Modules of the core that handle tensors; all others, planning included, work on a machine without torch."""
 

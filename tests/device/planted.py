@@ -12,10 +12,10 @@ import sys
 
 import torch
 
+from quantplug.cudacalls import stream_of
 from quantplug_marlin.compiler import compiler
 from quantplug_marlin.device import options_for, target_of
 from quantplug_marlin.driver import Launch, load
-from quantplug_marlin.launch import stream_of
 
 SOURCE = r"""
 struct Args { const float* from; float* to; };

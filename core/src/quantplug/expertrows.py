@@ -49,9 +49,15 @@ def bytes_held(problem: MoEProblem) -> int:
     return problem.experts * (first + second + (4 * (parts + 1) if static else 0))
 
 
-def refuse(problem: MoEProblem) -> Rejected | None:
-    """Return why a mixture does not fit into the layout, or its file does not permit to multiply it with x in FP8."""
-    return refuse_mixture(problem) or _refuse_weights(problem) or _refuse_activation(problem)
+def refuse(problem: MoEProblem, most_experts: int | None = None) -> Rejected | None:
+    """
+    Return why a mixture does not fit into the layout, or its file does not permit to multiply it with x in FP8.
+
+    Args:
+        problem: what is asked.
+        most_experts: that the kernel has room for, None for any number.
+    """
+    return refuse_mixture(problem, most_experts) or _refuse_weights(problem) or _refuse_activation(problem)
 
 
 def _refuse_weights(problem: MoEProblem) -> Rejected | None:

@@ -60,6 +60,20 @@ def test_one_row_and_one_scale_take_a_single_product(monkeypatch):
     assert KERNEL.apply(torch.randn(1, 96), made, None).shape == (1, 48)
 
 
+def test_more_rows_than_a_launch_has_programs_for_take_a_single_product_too(monkeypatch):
+    asked = problem(ROWS, (16,), "float8_e4m3fn/token/dynamic")
+    made, x, applied = prepare(asked), torch.randn(4, 96), []
+    ways = getattr(product, "launch", product.plain) if product.INTERPRETED else product.plain
+    scaled = ways.scaled
+    monkeypatch.setattr(ways, "scaled", lambda *given: applied.append(1) or scaled(*given))
+    monkeypatch.setattr(product, "_MOST_ROWS", 3)
+    wide = KERNEL.apply(x, made, None)
+    assert not applied
+    narrow = KERNEL.apply(x[:3], made, None)
+    assert applied
+    assert torch.allclose(wide[:3], narrow, rtol=1e-5, atol=1e-5)
+
+
 def test_leading_dimensions_and_strides_are_free():
     asked = problem(ROWS, (48,), "float8_e4m3fn/token/dynamic")
     made = prepare(asked)

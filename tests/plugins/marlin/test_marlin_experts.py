@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 import torch
 
 from quantplug.errors import LoadError
+from quantplug.expertlimits import FUNCTIONS
 from quantplug.expertweights import ExpertWeights
 from quantplug.kernel import Accepted, Cast, Rejected
 from quantplug.moe import ExpertFunction, MoEProblem
@@ -141,3 +144,9 @@ def test_scales_multiply_codes_only_where_those_of_all_experts_can():
     with pytest.raises(LoadError, match="QP-LOAD-PREPARE"):
         KERNEL.prepare(problem, [expert(-7), expert(40)], CPU, exact)
     assert KERNEL.prepare(problem, [expert(-7), expert(-8)], CPU, exact) is exact
+
+
+def test_functions_are_numbered_as_the_source_numbers_them():
+    text = files("quantplug_marlin").joinpath("cuda", "functions.cuh").read_text(encoding="utf-8")
+    numbered = re.search(r"FUNCTION \(([^)]*)\)", text)[1]
+    assert numbered.split(", ") == [f"{number} {name}" for number, name in enumerate(FUNCTIONS)]

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import triton
 
+from quantplug.cudacalls import empty
 from quantplug_cublas.device import quantize_by, quantize_groups, quantize_tokens, scale_product
 from quantplug_cublas.launcher import INTERPRETED, Launcher, kind
 
@@ -17,11 +18,6 @@ WIDEST = 16384
 _GROUP = 128
 _GROUPS, _OUTPUTS = 8, 1024
 """Groups of x, and elements of y, of a program."""
-
-_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) or (
-    lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device="cuda")
-)
-"""Memory on the current device as torch's own compiled code asks for it, past the dispatcher."""
 
 
 def by_tokens(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +68,7 @@ def room(rows: int, columns: int, dtype: torch.dtype, device: int) -> torch.Tens
     """Return memory `[rows, columns]` on the current device, or on the CPU for a `device` of -1."""
     if device < 0:
         return torch.empty(rows, columns, dtype=dtype)
-    return _empty((rows, columns), (columns, 1), dtype)
+    return empty((rows, columns), (columns, 1), dtype)
 
 
 def held(dtype: torch.dtype) -> torch.dtype:

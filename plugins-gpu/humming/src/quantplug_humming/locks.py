@@ -9,15 +9,10 @@ from threading import Lock
 
 import torch
 
+from quantplug.cudacalls import stream_of
+
 _STREAMS = 64
 _COUNTERS = 2048
-
-
-stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
-    lambda device: torch.cuda.current_stream(device).cuda_stream
-)
-"""The current stream as the driver knows it: what torch's own compiled code calls, since a stream object costs 2 us."""
-
 
 _streams: dict[tuple[int, int], torch.Tensor] = {}
 """The counters that each stream of a device has."""

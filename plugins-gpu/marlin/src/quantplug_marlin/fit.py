@@ -32,7 +32,7 @@ CALL_US = 2.0
 
 def verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a problem on a platform, and at what cost."""
-    refusal = refuse_place(problem, platform) or _refuse_weight(problem)
+    refusal = refuse_place(problem.dtype, platform) or _refuse_weight(problem)
     if refusal is not None:
         return refusal
     weight, k, n = problem.segments[0].weight, problem.in_features, problem.out_features
@@ -91,7 +91,7 @@ def _bytes_of(problem: LinearProblem, slots: Slots) -> int:
     return total
 
 
-def refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
+def refuse_place(dtype: str, platform: Platform) -> Rejected | None:
     """Return why a platform, or the dtype of x, is none of this plugin's."""
     if platform.kind != "cuda":
         return Rejected("platform", f"runs on cuda, not on {platform}")
@@ -100,8 +100,8 @@ def refuse_place(problem: LinearProblem, platform: Platform) -> Rejected | None:
     version = version_of(platform)
     if version and version < _OLDEST:
         return Rejected("arch", f"compute capability {platform.arch}", "8.0 or newer")
-    if problem.dtype not in DTYPES:
-        return Rejected("dtype", f"activation dtype {problem.dtype}", f"use one of {', '.join(DTYPES)}")
+    if dtype not in DTYPES:
+        return Rejected("dtype", f"activation dtype {dtype}", f"use one of {', '.join(DTYPES)}")
     return None
 
 

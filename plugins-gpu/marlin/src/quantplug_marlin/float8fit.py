@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from quantplug.expertrows import bytes_held, refuse
 from quantplug.kernel import Accepted, Cast, Cost, Rejected, Verdict
-from quantplug.spec import LinearProblem, SegmentSpec
 from quantplug_marlin.expertfit import MOST_EXPERTS
 from quantplug_marlin.fit import notes_on, refuse_place, version_of
 
@@ -30,8 +29,8 @@ _MOVED_PER_US = 6e6
 
 def float8_verdict(problem: MoEProblem, platform: Platform) -> Verdict:
     """Return whether a mixture of experts is run on a platform with x in FP8, and at what cost."""
-    linear = LinearProblem(problem.hidden, (SegmentSpec(problem.intermediate, problem.w2),), problem.dtype)
-    refusal = refuse_place(linear, platform) or _refuse_arch(platform) or refuse(problem) or _refuse_sizes(problem)
+    refusal = refuse_place(problem.dtype, platform) or _refuse_arch(platform)
+    refusal = refusal or refuse(problem, MOST_EXPERTS) or _refuse_stored(problem) or _refuse_lengths(problem)
     if refusal is not None:
         return refusal
     held = bytes_held(problem)
@@ -62,12 +61,14 @@ def _refuse_arch(platform: Platform) -> Rejected | None:
     return Rejected("arch", f"compute capability {platform.arch}", "9.0, which has wgmma")
 
 
-def _refuse_sizes(problem: MoEProblem) -> Rejected | None:
+def _refuse_stored(problem: MoEProblem) -> Rejected | None:
     x = problem.activation
     if x is not None and not x.dynamic:
         return Rejected("activation", f"x as {x.describe()}", "float8_e4m3fn per token, dynamic")
-    if problem.experts > MOST_EXPERTS:
-        return Rejected("shape", f"{problem.experts} experts", f"at most {MOST_EXPERTS} on one device")
+    return None
+
+
+def _refuse_lengths(problem: MoEProblem) -> Rejected | None:
     for name in ("hidden", "intermediate"):
         if getattr(problem, name) > LONGEST_ROW:
             return Rejected("shape", f"{name} is {getattr(problem, name)}", f"at most {LONGEST_ROW}")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from quantplug.cudacalls import stream_of
 from quantplug.expertlimits import FUNCTIONS
 from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch, rows_map
 from quantplug_marlin.float8cut import INPUTS, ROWS, choose, every_cut
-from quantplug_marlin.launch import at, register, stream_of
+from quantplug_marlin.launch import at, register
 from quantplug_marlin.routing import add_up, kernels, route
 from quantplug_marlin.seen import refuse_tangents
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from quantplug.cudacalls import current_device, empty, stream_of
 from quantplug_marlin.choice import choose
 from quantplug_marlin.cut import GroupCut
 from quantplug_marlin.device import function, target_of
@@ -27,22 +28,11 @@ _GATHER = Struct("3P2q3i4x")
 _SHARES = Struct("4P3i4x")
 _DENSE = Struct("6P5i4x")
 
-stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
-    lambda device: torch.cuda.current_stream(device).cuda_stream
-)
-"""The current stream as the driver knows it: what torch's own compiled code calls, since a stream object costs 2 us."""
-
-current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
-"""Without the question whether CUDA is initialized: x lies there."""
-
-empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) or (
-    lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device="cuda")
-)
-"""Memory on the current device as torch's own compiled code asks for it, past the dispatcher."""
-
 _OUT = {"bfloat16": 0, "float16": 1, "float32": 2}
-_THREADS = 256
-_MOST_GRID_Y = 65535
+THREADS = 256
+"""Of a block, where nothing else decides."""
+MOST_GRID_Y = 65535
+"""Blocks below each other that a launch may have."""
 
 
 class Way(NamedTuple):
@@ -101,8 +91,8 @@ def way(
     if cut.splits == 1:
         return Way(launch, 0, _NO_BOXES, 1, None, outputs, tiles, chunks)
     adding = function("shares.cu", "add_shares", form.definitions(), 0, device)
-    grid = (-(-outputs // _THREADS), min(rows, _MOST_GRID_Y), 1)
-    adder = Launch(adding, grid, _THREADS, 0, stream, overlap=False)
+    grid = (-(-outputs // THREADS), min(rows, MOST_GRID_Y), 1)
+    adder = Launch(adding, grid, THREADS, 0, stream, overlap=False)
     return Way(launch, 0, _NO_BOXES, cut.splits, adder, outputs, tiles, chunks)
 
 
@@ -179,7 +169,7 @@ def gather(x: torch.Tensor, columns: torch.Tensor | None, slots: int, stream: in
     rows, inputs = x.shape
     gathered = x.new_empty((rows, slots))
     found = function("gather.cu", "gather", {}, 0, x.get_device())
-    launch = Launch(found, (-(-slots // _THREADS), min(rows, _MOST_GRID_Y), 1), _THREADS, 0, stream, overlap=False)
+    launch = Launch(found, (-(-slots // THREADS), min(rows, MOST_GRID_Y), 1), THREADS, 0, stream, overlap=False)
     launch(_GATHER.pack(x.data_ptr(), at(columns), gathered.data_ptr(), *x.stride(), rows, inputs, slots))
     return gathered
 
@@ -202,7 +192,7 @@ def _dequantize(
     tiles, chunks, _ = codes.shape
     found = function("dense.cu", "dequantize", dense_definitions(stored, str(dtype).removeprefix("torch.")), 0, device)
     stream = stream_of(device)
-    launch = Launch(found, (-(-chunks // 8), tiles, 1), _THREADS, 0, stream, overlap=False)
+    launch = Launch(found, (-(-chunks // 8), tiles, 1), THREADS, 0, stream, overlap=False)
     groups = 1 if scales is None else scales.shape[1]
     weight = (codes.data_ptr(), at(scales), at(zeros), at(factor), at(columns))
     launch(_DENSE.pack(*weight, values.data_ptr(), outputs, inputs, tiles, chunks, groups))

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplug.cudacalls import stream_of
 from quantplug.expertlimits import FUNCTIONS
 from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch
 from quantplug_marlin.form import decode
-from quantplug_marlin.launch import gather, is_readable, name_of, register, stream_of
+from quantplug_marlin.launch import MOST_GRID_Y, THREADS, gather, is_readable, name_of, register
 from quantplug_marlin.routing import add_up, kernels, route
 from quantplug_marlin.seen import refuse_tangents
 from quantplug_marlin.side import Held, Places, Side
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from quantplug_marlin.device import Target
 
 _ROWS = Struct("4Pq3i4x")
-_THREADS = 256
-_MOST_GRID_Y = 65535
 _FEW, _MANY = (8, 16, 32, 64), (8, 16, 32, 48, 64, 96, 128)
 """Rows of one expert that are multiplied together: without and with wgmma, which takes from 32 on."""
 _WARPGROUPS_FROM = 32
@@ -153,8 +152,8 @@ def _in_order(x: torch.Tensor, places: Places, top_k: int, stream: int) -> torch
     count, inputs = places.blocks * places.rows, x.shape[1]
     y = x.new_empty((count, inputs))
     found = function("rows.cu", "order_rows", {}, 0, x.get_device())
-    grid = (-(-inputs // (8 * _THREADS)), min(count, _MOST_GRID_Y), 1)
-    launch = Launch(found, grid, _THREADS, 0, stream, overlap=True)
+    grid = (-(-inputs // (8 * THREADS)), min(count, MOST_GRID_Y), 1)
+    launch = Launch(found, grid, THREADS, 0, stream, overlap=True)
     strides = x.stride(0) * 2, inputs * 2
     launch(_ROWS.pack(x.data_ptr(), y.data_ptr(), places.order, places.used, *strides, places.rows, top_k))
     return y

@@ -11,7 +11,7 @@ import torch
 
 from quantplug_marlin.device import function, target_of
 from quantplug_marlin.driver import Launch
-from quantplug_marlin.launch import at
+from quantplug_marlin.launch import MOST_GRID_Y, THREADS, at
 from quantplug_marlin.side import Places
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 _ROUTE = Struct("6P6i")
 _COMBINE = Struct("4P3i4x")
-_THREADS, _ROUTE_THREADS = 256, 1024
-_MOST_GRID_Y = 65535
+_ROUTE_THREADS = 1024
 
 
 class Routed(NamedTuple):
@@ -86,7 +85,7 @@ def add_up(outputs: torch.Tensor, weights: torch.Tensor | None, routed: Routed, 
     (rows, hidden), device = y.shape, y.get_device()
     found = function("combine.cu", "combine", {"HALF": int(y.dtype == torch.float16)}, 0, device)
     columns = hidden // 8 if hidden % 8 == 0 else hidden
-    grid = (-(-columns // _THREADS), min(rows, _MOST_GRID_Y), 1)
-    launch = Launch(found, grid, _THREADS, 0, stream, overlap=target_of(device).clusters)
+    grid = (-(-columns // THREADS), min(rows, MOST_GRID_Y), 1)
+    launch = Launch(found, grid, THREADS, 0, stream, overlap=target_of(device).clusters)
     top_k = len(outputs) // rows
     launch(_COMBINE.pack(outputs.data_ptr(), at(weights), routed.local, y.data_ptr(), rows, hidden, top_k))

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from quantplug.cudacalls import current_device, empty, stream_of
 from quantplug.spec import ElementType
 from quantplug_marlin.cut import GroupCut
 from quantplug_marlin.device import build_all, function, target_of
 from quantplug_marlin.driver import Launch, matrix_map, rows_map
 from quantplug_marlin.form import Form
-from quantplug_marlin.launch import current_device, empty, gather, is_readable, register, stream_of
+from quantplug_marlin.launch import gather, is_readable, register
 from quantplug_marlin.rowchoice import choose_rows, every_rows_choice
 from quantplug_marlin.seen import is_seen
 

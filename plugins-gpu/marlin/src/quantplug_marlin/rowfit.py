@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def rows_verdict(problem: LinearProblem, platform: Platform) -> Verdict:
     """Return whether the kernel runs a problem on a platform, and at what cost."""
-    refusal = refuse_place(problem, platform) or refuse(problem)
+    refusal = refuse_place(problem.dtype, platform) or refuse(problem)
     if refusal is not None:
         return refusal
     held, k = bytes_held(problem), problem.in_features

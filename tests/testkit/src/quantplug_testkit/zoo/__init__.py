@@ -10,6 +10,7 @@ from __future__ import annotations
 from quantplug_testkit.zoo import (
     calls,
     expert_calls,
+    expert_derivatives,
     expert_functions,
     expert_promises,
     expert_routing,
@@ -21,7 +22,7 @@ from quantplug_testkit.zoo import (
     weights,
 )
 from quantplug_testkit.zoo.broken import Broken, Misread
-from quantplug_testkit.zoo.broken_experts import BrokenExperts, MisquantizingExperts, MisreadExperts
+from quantplug_testkit.zoo.broken_experts import BrokenExperts, MisledExperts, MisquantizingExperts, MisreadExperts
 
 __all__ = ["EXPERT_ZOO", "ZOO", "Broken", "BrokenExperts"]
 
@@ -33,11 +34,18 @@ ZOO: tuple[type[Broken], ...] = tuple(
 )
 """Every broken kernel for linear layers, to be instantiated without arguments."""
 
-_BASES = (BrokenExperts, MisreadExperts, MisquantizingExperts, expert_routing.Reroutes, expert_calls.Wrapped)
+_BASES = (
+    BrokenExperts,
+    MisledExperts,
+    MisreadExperts,
+    MisquantizingExperts,
+    expert_routing.Reroutes,
+    expert_calls.Wrapped,
+)
 
 EXPERT_ZOO: tuple[type[BrokenExperts], ...] = tuple(
     kind
-    for module in (expert_weights, expert_functions, expert_routing, expert_calls, expert_promises)
+    for module in (expert_weights, expert_functions, expert_routing, expert_calls, expert_derivatives, expert_promises)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, BrokenExperts) and kind not in _BASES
 )

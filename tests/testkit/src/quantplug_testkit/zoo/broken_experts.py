@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from quantplug_testkit.plain_experts import PlainExperts, QuantizingExperts
 
 if TYPE_CHECKING:
+    import torch
+
     from quantplug.expertweights import ExpertWeights, PreparedExperts
 
 
@@ -41,6 +43,25 @@ class MisreadExperts(BrokenExperts):
     def weights(self, prepared: PreparedExperts, number: int) -> ExpertWeights:
         """Return misread weights."""
         return self.misread(self.held(prepared, number), prepared, number)
+
+
+class MisledExperts(BrokenExperts):
+    """Multiplies rightly, and something else than it was given."""
+
+    def enter(self, x: torch.Tensor, topk_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what takes the place of x and of the router's weights."""
+        raise NotImplementedError
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        prepared: PreparedExperts,
+        expert_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Go on with that."""
+        return super().apply(*self.enter(x, topk_weights), topk_ids, prepared, expert_map)
 
 
 class MisquantizingExperts(QuantizingExperts, BrokenExperts):

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd import forward_ad
 
 from quantplug.kernel import Accepted, Cost, Rejected, Verdict
 from quantplug_testkit.canonical import weight_tensors
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from quantplug.expertweights import ExpertWeights, PreparedExperts
-    from quantplug.moe import ExpertFunction, MoEProblem
+    from quantplug.moe import MoEProblem
     from quantplug.platform import Platform
 
 
@@ -33,67 +32,6 @@ class Nameless(BrokenExperts):
 
 
 Nameless.name = "My Experts (fast!)"
-
-
-class KeepsGradients(BrokenExperts):
-    """Says that it passes gradients on, and computes where autograd does not look."""
-
-    caught_by = ("test_gradients_reach_x_and_the_router",)
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        prepared: PreparedExperts,
-        expert_map: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Cut x off, and leave the router's weights."""
-        return super().apply(x.detach(), topk_weights, topk_ids, prepared, expert_map)
-
-
-class KeepsTheRouters(BrokenExperts):
-    """Gives x its gradient, and the router none."""
-
-    caught_by = ("test_gradients_reach_x_and_the_router",)
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        prepared: PreparedExperts,
-        expert_map: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Cut the router's weights off."""
-        return super().apply(x, topk_weights.detach(), topk_ids, prepared, expert_map)
-
-
-class LosesTangents(BrokenExperts):
-    """Passes gradients on, and computes as if x had no tangent."""
-
-    caught_by = ("test_tangents_are_not_lost",)
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        prepared: PreparedExperts,
-        expert_map: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Take what x is without its tangent."""
-        return super().apply(forward_ad.unpack_dual(x).primal, topk_weights, topk_ids, prepared, expert_map)
-
-
-class ForgetsTheGate(BrokenExperts):
-    """Differentiates by up alone: what the gate lets through counts as fixed."""
-
-    caught_by = ("test_gradients_reach_x_and_the_router",)
-
-    def named(self, z: torch.Tensor, function: ExpertFunction) -> torch.Tensor:
-        """Cut the function off."""
-        return super().named(z.detach(), function)
 
 
 class RaisesWhenAsked(BrokenExperts):
