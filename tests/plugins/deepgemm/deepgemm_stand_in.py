@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 
-def fp8_gemm_nt(a, b, d, c=None, recipe=None, compiled_dims="nk", disable_ue8m0_cast=False):
+def fp8_gemm_nt(a, b, d, c=None, recipe=None, compiled_dims="", disable_ue8m0_cast=False):
     """`d [M, N] = a [M, K] b [N, K]^T`, scales for each 128 inputs of a and each 128 x 128 of b."""
     assert (c, recipe, disable_ue8m0_cast) == (None, None, False)
     assert set(compiled_dims) <= set("mnk")

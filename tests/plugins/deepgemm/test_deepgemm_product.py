@@ -43,6 +43,21 @@ def test_every_element_is_within_the_derived_bound(name):
         assert torch.equal(x, before)
 
 
+def test_deepgemm_is_asked_for_sizes_as_constants_by_one_thread_at_a_time(stand_in, monkeypatch):
+    """Without them registers spill; and the table of what it compiled is nobody's but the one thread's."""
+    asked, multiply = [], stand_in.fp8_gemm_nt
+
+    def watched(*given, **how):
+        asked.append((how, product._compiling.locked()))
+        multiply(*given, **how)
+
+    monkeypatch.setattr(stand_in, "fp8_gemm_nt", watched)
+    case = Case(KERNEL, GPU, CPU, next(iter(ACCEPTED.values())))
+    case.apply(case.inputs(3))
+    assert asked == [({"compiled_dims": "nk"}, True)]
+    assert not product._compiling.locked()
+
+
 @pytest.mark.parametrize("sizes", [(200, 72), (256, 72)])
 def test_segments_and_a_bias_give_what_each_gives_alone(sizes):
     """Where the first ends within a block, each is a product of its own."""

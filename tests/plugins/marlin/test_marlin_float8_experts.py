@@ -146,6 +146,7 @@ def test_every_number_of_rows_gets_kernels_that_were_built_ahead(experts, top_k,
 
 def test_weights_that_are_read_for_few_rows_get_narrow_pieces():
     assert all(choose(28672, 4096, rows * 2, 8, H100).wide <= 128 for rows in (1, 16, 64, 256))
+    assert all(choose(1536, 2048, rows * 8, 128, H100).wide <= 128 for rows in (2, 16, 128, 512))
     assert choose(28672, 4096, 8192, 8, H100).wide > 128
 
 
